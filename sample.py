@@ -1,0 +1,219 @@
+r"""Noise to images: the DDIM sampler of the paper, checkpoints opened, pictures written.
+
+    Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
+
+    python sample.py runs/casdm-shapes/checkpoint.pt                               64 images in one grid, samples.png
+    python sample.py CHECKPOINT --n 50000 --out samples.npz                        arr_0 uint8 [N, H, W, 3], as fid.py and others read it
+    python sample.py CHECKPOINT --n 1000 --out FOLDER                              one PNG an image
+    python sample.py CHECKPOINT --trace trace.png                                  figure 2: x_t, x0*, x0' and r_t over the steps
+
+Samples come from the EMA weights (--raw: from the trained ones).  Image i follows from (seed, i) alone: it is the same for any --n and
+--batch-size, its noise bitwise and its pixels within one level.  What a checkpoint needs to be rebuilt is inside it; no flag repeats it.
+"""
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import edges
+from data import stream, to_pixels
+from diffusion import ddim_mu_from_eps, ddim_mu_from_x0, ddim_sigma, eps_from_x0, mix, respace, x0_from_eps
+from refiner import build_model
+
+KIND, VERSION = "cas-dm checkpoint", 1
+
+
+@torch.inference_mode()
+def sample(model, schedule, shape, seed, steps=100, eta=0.0, first=0, y=None, watch=None):
+    """Images `first` .. `first + N - 1` of `seed`, by DDIM over the re-spaced chain of `steps` steps (Cas-DM Eqs. 16, 17 and their mix).
+
+    shape   : (N, C, H, W)          schedule : the model's own, not re-spaced          y : [N] int64 labels, or None
+    watch   : called after each prediction with its t, 1..T, and the step's x_t, x0*, x0', r_t
+    returns : [N, C, H, W] in [-1, 1] on the model's device;  ArithmeticError where an image is not finite
+    """
+    device = next(model.parameters()).device
+    chain = respace(schedule, steps)
+    streams = [stream(seed, "sample", first + i) for i in range(shape[0])]
+    training = model.training
+    model.eval()
+    x_t = _normal(streams, shape, device)
+    for i, original in reversed(list(enumerate(chain.step.tolist()))[1:]):
+        t = torch.full((shape[0],), i, device=device)
+        pred = model(x_t, torch.full_like(t, original), y)
+        x0_star, x0_hat = x0_from_eps(x_t, t, pred.eps_hat, chain).clamp(-1, 1), pred.x0_hat.clamp(-1, 1)
+        if watch:
+            watch(original, x_t, x0_star, x0_hat, pred.r_t)
+        x_t = p_sample(x_t, t, x0_star, x0_hat, pred.r_t, chain, eta, _normal(streams, shape, device) if eta else 0)
+    model.train(training)
+    if not x_t.isfinite().all():
+        raise ArithmeticError("a sampled image is not finite; expected finite weights and activations; use an earlier checkpoint")
+    return x_t
+
+
+def p_sample(x_t, t, x0_star, x0_hat, r_t, chain, eta=0.0, z=0):
+    """x_{t-1} = r_t mu_x0'^ddim + (1 - r_t) mu_eps'^ddim + sigma_t z                       (after Cas-DM Eq. 17)
+
+    CHOICE: x0* and x0' come clamped to [-1, 1], before the means are formed, and eps' is re-derived from the clamped x0*: with
+    r_t = 0 and r_t = 1 that is improved-diffusion's own clipping.  sigma_1 = 0, so the last step adds no noise.
+    """
+    eps_hat = eps_from_x0(x_t, t, x0_star, chain)
+    mu = mix(ddim_mu_from_x0(x_t, t, x0_hat, chain, eta), ddim_mu_from_eps(x_t, t, eps_hat, chain, eta), r_t)
+    return mu + ddim_sigma(t, chain, eta).to(x_t.device, x_t.dtype).view(-1, 1, 1, 1) * z
+
+
+def _normal(streams, shape, device):
+    """N(0, 1) noise, image i from streams[i]; drawn on the CPU, so that every device gets the same."""
+    return torch.from_numpy(np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])).to(device)
+
+
+# ---- checkpoints ----
+
+def write_checkpoint(path, settings, **state):
+    """One file of plain tensors and values with the settings inside, whole or not at all (edges.atomic)."""
+    with edges.atomic(path) as f:
+        torch.save({"kind": KIND, "version": VERSION, "settings": settings, **state}, f)
+
+
+def read_checkpoint(path):
+    """The dict that `write_checkpoint` was given; ValueError, one line, for anything else."""
+    state = edges.read_tensors(path, "checkpoint")
+    if not isinstance(state, dict) or state.get("kind") != KIND:
+        raise ValueError(f"{path} is a torch file but not a checkpoint of ours; expected one that train.py wrote; check the path")
+    if state.get("version") != VERSION:
+        raise ValueError(f"{path} has format version {state.get('version')}; expected {VERSION}; use the release that wrote it")
+    return state
+
+
+def load_model(path, device="cpu", raw=False):
+    """(model, schedule, settings) of a checkpoint: the EMA's weights, or the trained ones if `raw`; in eval mode.
+
+    ValueError, one line, where the weights do not fit the settings or are not finite.
+    """
+    state = read_checkpoint(path)
+    try:
+        model = build_model(state["settings"])
+        model.load_state_dict(state["model" if raw else "ema"])
+    except Exception as e:      # settings or tensors of any wrong kind: the file is ours only by its label
+        raise ValueError(f"{path}: its tensors do not fit its settings ({' '.join(str(e).split())[:160]}); expected what train.py wrote") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"{path} holds weights that are not finite; expected numbers; use an earlier checkpoint")
+    model = model.to(device).eval()
+    return model, model.schedule, state["settings"]
+
+
+# ---- pictures ----
+
+def save_grid(pixels, path, columns=None):
+    """uint8 [N, H, W, 3] as one PNG, row by row, near square unless `columns` says otherwise."""
+    grid = make_grid(torch.as_tensor(pixels).permute(0, 3, 1, 2), nrow=columns or math.ceil(math.sqrt(len(pixels))))
+    with edges.atomic(path) as f:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, "PNG")
+
+
+def save_npz(pixels, path):
+    with edges.atomic(path) as f:
+        np.savez(f, arr_0=pixels)
+
+
+def save_folder(pixels, path):
+    """000000.png, 000001.png, ...; the folder appears when all of them are written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(partial / f"{i:06d}.png")
+        if path.is_dir():       # empty: check_writable saw to it
+            path.rmdir()
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_trace(steps, path):
+    """Figure 2's cascade of one image: a column a step, rows x_t, x0*, x0' and r_t (0 black, 1 white)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rows = ("x_t", "x0*", "x0'", "r_t")
+    figure, axes = plt.subplots(len(rows), len(steps), figsize=(1.2 * len(steps), 1.25 * len(rows)), squeeze=False)
+    for column, (t, *images) in enumerate(steps):
+        axes[0][column].set_title(f"t = {t}", fontsize=8)
+        for axis, name, image in zip(axes[:, column], rows, images):
+            shown = image[0, 0] if name == "r_t" else to_pixels(image)[0]
+            axis.imshow(shown.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column == 0:
+                axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    with edges.atomic(path) as f:
+        figure.savefig(f, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+# ---- the script ----
+
+def parse_args(argv):
+    p = edges.Parser(__doc__)
+    p.add_argument("checkpoint", type=Path)
+    what = p.add_argument_group("what")
+    what.add_argument("--n", type=edges.whole(1), default=64, help="images")
+    what.add_argument("--steps", type=edges.whole(1), default=100, help="DDIM steps; a whole stride through T must give them")
+    what.add_argument("--eta", type=edges.real(0, 1), default=0.0, help="0: deterministic; 1: as much noise as the posterior has")
+    what.add_argument("--seed", type=edges.whole(0), default=0)
+    what.add_argument("--raw", action="store_true", help="the trained weights instead of their moving average")
+    where = p.add_argument_group("where")
+    where.add_argument("--out", type=Path, default=Path("samples.png"), help="FILE.png: a grid, FILE.npz: arr_0 uint8 [N, H, W, 3], else a folder of PNGs")
+    where.add_argument("--trace", type=Path, metavar="FILE.png", help="instead, draw one image's way: x_t, x0*, x0' and r_t over the steps")
+    where.add_argument("--batch-size", type=edges.whole(1), default=64)
+    where.add_argument("--device", type=edges.device, default="auto")
+    a = p.parse_args(argv)
+    if a.out.suffix not in ("", ".png", ".npz"):
+        p.error(f"--out {a.out}: expected FILE.png, FILE.npz or a folder's name without a dot")
+    if a.trace and a.trace.suffix != ".png":
+        p.error(f"--trace {a.trace}: expected FILE.png")
+    return a
+
+
+def main(argv=None):
+    a = parse_args(argv)
+    check_writable(a.trace or a.out)
+    model, schedule, settings = load_model(a.checkpoint, edges.open_device(a.device), a.raw)
+    size = settings["image_size"]
+    respace(schedule, a.steps)
+    if a.trace:
+        seen = []
+        sample(model, schedule, (1, 3, size, size), a.seed, a.steps, a.eta, watch=lambda *step: seen.append(step))
+        picked = np.unique(np.linspace(0, len(seen) - 1, 10).round().astype(int))
+        save_trace([seen[i] for i in picked], a.trace)
+    else:
+        pixels = np.empty((a.n, size, size, 3), np.uint8)
+        with tqdm(total=a.n * a.steps, unit="step", desc="sampling", file=sys.stderr, disable=None) as bar:
+            for first in range(0, a.n, a.batch_size):
+                n = min(a.batch_size, a.n - first)
+                images = sample(model, schedule, (n, 3, size, size), a.seed, a.steps, a.eta, first, watch=lambda *_: bar.update(n))
+                pixels[first:first + n] = to_pixels(images).cpu().numpy()
+        {".png": save_grid, ".npz": save_npz, "": save_folder}[a.out.suffix](pixels, a.out)
+    print(f"{'a trace' if a.trace else f'{a.n} images'} of {'trained' if a.raw else 'EMA'} weights written to {(a.trace or a.out).absolute()}")
+
+
+def check_writable(path):
+    """Before the work: the place for the result exists and is not taken by something that must not be mixed with it."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.absolute().parent} does not exist; expected the folder for {path.name}; make it first")
+    if path.is_dir() and (path.suffix or any(path.iterdir())):
+        raise ValueError(f"{path} is a folder that holds something; expected a new or empty folder, or a file's name; choose another --out")
+    if path.is_file() and not path.suffix:
+        raise ValueError(f"{path} is a file; expected a folder's name or one that ends in .png or .npz; choose another --out")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path.absolute().parent} cannot be written to; expected a writable folder; choose another --out")
+
+
+if __name__ == "__main__":
+    sys.exit(edges.run(main))

@@ -1,0 +1,312 @@
+"""The loop and its promises: settings, resuming bit for bit, signals, non-finite numbers, full disks."""
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import edges
+import losses
+import train
+from sample import load_model, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--channels", "32", "--res-blocks", "1", "--T", "20", "--batch-size", "4", "--sample-every", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Ten 16 x 16 images: with batches of 4 an epoch ends inside the third step."""
+    path = tmp_path / "images.npz"
+    np.savez(path, arr_0=np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8))
+    return path
+
+
+def run(*argv):
+    return edges.run(train.main, [str(a) for a in argv])
+
+
+def started(*argv, cwd=ROOT, **how):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+
+
+def wait_for(path, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def assert_same_run(a, b):
+    """Weights, averages, optimiser, sums and log are bitwise equal; only the clock may differ."""
+    a_state, b_state = read_checkpoint(a / "checkpoint.pt"), read_checkpoint(b / "checkpoint.pt")
+    torch.testing.assert_close(*({k: v for k, v in s.items() if k != "settings"} for s in (a_state, b_state)), rtol=0, atol=0)
+    assert rows(a) == rows(b)
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in train.read_log(folder)]
+
+
+# ---- settings ----
+
+def test_the_papers_command_has_the_papers_settings():
+    """`--model casdm --lpips 0.1 --data cifar10` is Cas-DM Sec. 4.1 (paper.md, Settings)."""
+    s, _ = train.parse_args(["--model", "casdm", "--lpips", "0.1", "--data", "cifar10"])
+    want = dict(channels=128, res_blocks=3, T=4000, schedule="cosine", batch_size=128, lr=1e-4, iterations=400_000, image_size=32,
+                metric={"lpips": 0.1}, refiner="unet", refiner_input="x0", dropout=0.0, ema=0.9999, precision="fp32")
+    assert {key: s[key] for key in want} == want
+
+
+def test_what_is_typed_wins_over_the_datas_defaults():
+    s, _ = train.parse_args(["--data", "cifar10", "--channels", "64", "--T", "1000", "--image-size", "16"])
+    assert (s["channels"], s["T"], s["image_size"], s["res_blocks"]) == (64, 1000, 16, 3)
+
+
+def test_shapes_are_small_and_need_no_flag():
+    s, _ = train.parse_args([])
+    assert (s["data"], s["model"], s["image_size"], s["channels"]) == ("shapes", "casdm", 16, 32)
+
+
+TABLES = ["--model ddpm", "--model ddpm --predict x0", "--model ddpm --predict x0 --lpips 0.1", "--model dual", "--model dual --lpips 0.1", "--model casdm",
+          "--model casdm --lpips 0.1", "--metric resnet=0.1", "--metric inception=0.1", "--metric swin=0.1", "--metric squeezenet=0.1", "--metric ssim=0.1 --metric haarpsi=0.2",
+          "--refiner fixres", "--refiner fixres --lpips 0.1", "--refiner fixres --refiner-input x0+eps", "--data celebahq", "--data lsun-bedroom", "--data imagenet64"]
+
+
+@pytest.mark.parametrize("line", TABLES)
+def test_every_row_of_the_tables_is_a_command_line(line):
+    """Cas-DM Tables 1, 3 and 4."""
+    s, _ = train.parse_args(("--data cifar10 " * ("--data" not in line) + line).split())
+    assert s["T"] == 4000
+
+
+@pytest.mark.parametrize("line, says", [
+    ("--model ddpm --lpips 0.1", "eps mode"), ("--model ddpm --refiner unet", "--refiner"), ("--model dual --predict x0", "--predict"),
+    ("--model dual --init-eps f.pt", "--init-eps"), ("--image-size 30", "30"), ("--channels 48", "48"), ("--lr nan", "nan"), ("--lr 0", "'0'"), ("--lr -1", "'-1'"),
+    ("--lpips inf", "inf"), ("--lpips -0.1", "-0.1"), ("--metric vgg=1", "vgg=1"), ("--metric ssim", "ssim"), ("--metric ssim=x", "'x'"), ("--iterations 0", "'0'"), ("--batch-size 2.5", "2.5"),
+    ("--dropout 1", "'1'"), ("--ema 1.1", "1.1"), ("--T 150", "100 sampling steps"), ("--T 0", "'0'"), ("--model gan", "gan"), ("--mod ddpm", "--mod"), ("--seed -1", "-1"), ("--device tpu9", "tpu9"),
+])
+def test_what_the_flags_alone_show_to_be_wrong_is_one_line_and_exit_2(line, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(line.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error, error
+
+
+@pytest.mark.parametrize("line, says", [("--data nowhere", "nowhere"), ("--data celebahq", "--data-dir"), ("--resume --out nowhere", "nowhere"), ("--data shapes --device cuda:77", "cuda:77")])
+def test_what_depends_on_files_or_devices_is_one_line_and_exit_1(line, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*line.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_all_that_is_missing_is_named_at_once(monkeypatch, capsys, tmp_path):
+    """CIFAR-10 and the VGG weights both: what, how large, from where, where to put it, what to do instead."""
+    def offline(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run("--model", "casdm", "--lpips", "0.1", "--data", "cifar10", "--device", "cpu") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    for word in ("cifar-10-python.tar.gz", "170 MB", "cs.toronto.edu", "vgg16-397923af.pth", "528 MB", "lpips_weights.pt", "by hand", "--data shapes"):
+        assert word in error, word
+
+
+# ---- what a run leaves ----
+
+def test_a_run_leaves_a_checkpoint_a_log_curves_and_samples(tmp_path, capsys):
+    assert run(*SMALL, "--T", "10", "--iterations", "10", "--sample-every", "10", "--out", tmp_path / "run") == 0
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "curves.png", "log.jsonl", "samples_000010.png"]
+    said = capsys.readouterr().out
+    assert str(tmp_path / "run") in said and "sample.py" in said.splitlines()[-2]
+    row, = train.read_log(tmp_path / "run")
+    assert row["step"] == 10 and row["loss"] == pytest.approx(row["eps"] + row["x0"] + row["mu"]) and row["images_per_second"] > 0
+
+
+def test_zero_means_never_but_the_last_step_is_saved(tmp_path):
+    assert run(*SMALL, "--iterations", "2", "--save-every", "0", "--out", tmp_path / "run") == 0
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
+    assert read_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("flags", ["--model ddpm", "--model ddpm --predict x0 --metric ssim=0.1", "--model dual --metric ssim=0.1 --metric haarpsi=0.1",
+                                   "--refiner fixres --refiner-input x0+eps", "--precision bf16 --metric ssim=1"])
+def test_every_model_trains_and_samples(flags, tmp_path):
+    """Its loss falls on one repeated image, and its checkpoint opens."""
+    np.savez(tmp_path / "one.npz", arr_0=np.full((1, 16, 16, 3), 200, np.uint8))
+    assert run(*SMALL, *flags.split(), "--iterations", "30", "--lr", "2e-3", "--data", tmp_path / "one.npz", "--out", tmp_path / "run") == 0
+    first, *_, last = rows(tmp_path / "run")
+    assert last["loss"] < 0.8 * first["loss"]
+    load_model(tmp_path / "run/checkpoint.pt")
+
+
+def test_the_moving_average_is_ramped_and_a_plain_recursion(tmp_path):
+    """ema <- d ema + (1 - d) weights with d = min(0.9999, (1 + k) / (10 + k)), k = 0, 1, ..."""
+    s, _ = train.parse_args([*SMALL, "--iterations", "3"])
+    images, _ = train.load_inputs(s)
+    r = train.Run(s, tmp_path, torch.device("cpu"), images, {})
+    want = r.averages[0].double().clone()
+    for k in range(3):
+        r.weights[0].data.add_(1.0)
+        r.step = k
+        d = (1 + k) / (10 + k)
+        want = d * want + (1 - d) * r.weights[0].detach().double()
+        r.update_ema()
+    torch.testing.assert_close(r.averages[0].double(), want, rtol=0, atol=1e-5)
+
+
+def test_metrics_never_enter_the_model_or_the_checkpoint(tmp_path, monkeypatch):
+    home = ROOT / "../shared/data/torch_home"
+    if not home.exists():
+        pytest.skip("no SqueezeNet weights in ../shared/data")
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    for name, flags in (("plain", []), ("metric", ["--metric", "squeezenet=0.1"])):
+        assert run(*SMALL, "--iterations", "1", "--out", tmp_path / name, *flags) == 0
+    plain, metric = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("plain", "metric"))
+    for part in ("model", "ema"):
+        assert plain[part].keys() == metric[part].keys()
+    assert len(plain["optimizer"]["state"]) == len(metric["optimizer"]["state"])
+
+
+# ---- stopping and going on ----
+
+@pytest.mark.parametrize("cut, flags", [(7, []), (20, ["--dropout", "0.1"])])
+def test_two_goes_equal_one_go_bit_for_bit(cut, flags, images, tmp_path):
+    """Weights, EMA, optimiser and log; the cut lies between two rows of the log and across an epoch's end."""
+    common = [*SMALL, *flags, "--data", images]
+    assert run(*common, "--iterations", 23, "--save-every", 0, "--out", tmp_path / "one") == 0
+    assert run(*common, "--iterations", cut, "--save-every", 3, "--out", tmp_path / "two") == 0
+    assert run("--resume", "--iterations", 23, "--out", tmp_path / "two", "--device", "cpu") == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
+    assert run(*SMALL, "--iterations", 2, "--out", tmp_path / "run") == 0
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()}
+    assert run("--resume", "--out", tmp_path / "run") == 0
+    assert "finished" in capsys.readouterr().out
+    assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("flags, names", [("--lr 0.5", "--lr"), ("--model dual", "--model"), ("--metric ssim=0.2", "--metric"), ("--seed 3", "--seed")])
+def test_resume_refuses_a_changed_setting_and_names_it(flags, names, tmp_path, capsys):
+    assert run(*SMALL, "--iterations", 1, "--out", tmp_path / "run") == 0
+    assert run("--resume", "--iterations", 2, "--out", tmp_path / "run", *flags.split()) == 1
+    assert names in capsys.readouterr().err
+    assert read_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 1
+
+
+def test_another_run_is_never_written_over(tmp_path, capsys):
+    assert run(*SMALL, "--iterations", 1, "--out", tmp_path / "run") == 0
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    assert run(*SMALL, "--iterations", 1, "--out", tmp_path / "run") == 1
+    assert "holds a run" in capsys.readouterr().err and (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(images, tmp_path):
+    common = [*SMALL, "--data", images]
+    assert run(*common, "--iterations", 20, "--out", tmp_path / "one") == 0
+    assert run(*common, "--iterations", 10, "--out", tmp_path / "two") == 0
+    with open(tmp_path / "two/log.jsonl", "a") as f:
+        f.write('{"step": 20, "eps": 0.1, "loss": 0.1}\n{"step": 30, "ep')      # a row beyond the checkpoint, and half a row
+    assert run("--resume", "--iterations", 20, "--out", tmp_path / "two", "--device", "cpu") == 0
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_how_to_go_on_and_exits_130(number, images, tmp_path):
+    """And going on by that very command ends bitwise where the undisturbed run does."""
+    flags = [*SMALL, "--data", images, "--iterations", 60, "--save-every", 0]
+    assert run(*flags, "--out", tmp_path / "one") == 0
+    p = started(*flags, "--out", tmp_path / "two", cwd=tmp_path)
+    wait_for(tmp_path / "two/log.jsonl")
+    p.send_signal(number)
+    said = p.communicate(timeout=60)[0]
+    assert p.returncode == 130, said
+    command = said.split("to go on: python ")[1].split()
+    subprocess.run([sys.executable, ROOT / command[0], *command[1:], "--device", "cpu"], cwd=tmp_path, check=True, capture_output=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_the_last_checkpoint_and_going_on_loses_nothing(images, tmp_path):
+    flags = [*SMALL, "--data", images, "--iterations", 60, "--save-every", 1]
+    assert run(*flags, "--out", tmp_path / "one") == 0
+    p = started(*flags, "--out", tmp_path / "two")
+    for _ in range(3):
+        wait_for(tmp_path / "two/checkpoint.pt")
+        time.sleep(1)
+        p.kill()
+        p.communicate()
+        p = started("--resume", "--out", tmp_path / "two", "--device", "cpu")
+    assert p.wait(timeout=120) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert not list((tmp_path / "two").glob(".*partial"))
+
+
+# ---- numbers, and disks ----
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_term_stops_the_run_before_the_step_and_is_named(value, images, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fails_on_the_third():
+        return lambda x0_hat, x0: (calls.append(1), (x0_hat - x0).square().mean((1, 2, 3)) * (value if len(calls) == 3 else 1))[1]
+    monkeypatch.setitem(losses.METRICS, "ssim", fails_on_the_third)
+    common = [*SMALL, "--data", images, "--metric", "ssim=0.5"]
+    assert run(*common, "--iterations", 9, "--save-every", 1, "--out", tmp_path / "bad") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: step 3: ssim is not finite")
+    calls.clear()
+    assert run(*common, "--iterations", 2, "--out", tmp_path / "good") == 0
+    assert_same_run(tmp_path / "bad", tmp_path / "good")
+
+
+def test_a_non_finite_gradient_of_finite_losses_is_caught(tmp_path):
+    """The weights, moments and later steps stay untouched, and the check names the gradient."""
+    s, _ = train.parse_args([*SMALL])
+    images, _ = train.load_inputs(s)
+    r = train.Run(s, tmp_path, torch.device("cpu"), images, {})
+    for p in r.weights:
+        p.grad = torch.ones_like(p)
+    r.weights[3].grad[0] = float("nan")
+    before = [p.detach().clone() for p in r.weights]
+    r.guard({name: torch.tensor(1.0) for name in r.terms})
+    r.optimizer.step()
+    torch.testing.assert_close([p.detach() for p in r.weights], before, rtol=0, atol=0)
+    with pytest.raises(ArithmeticError, match="step 1: gradient is not finite"):
+        r.check()
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_says_so(tmp_path):
+    """The file size limit stands in for the full disk: the second checkpoint does not fit."""
+    assert run(*SMALL, "--iterations", 1, "--out", tmp_path / "run") == 0
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
+    p = started("--resume", "--iterations", 2, "--out", tmp_path / "run", "--device", "cpu", preexec_fn=limit)
+    said = p.communicate(timeout=120)[0].splitlines()[-1]
+    assert p.returncode == 1 and said.startswith("error: no room for") and "checkpoint.pt" in said and "MB" in said
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.pt"]
+
+
+@pytest.mark.slow
+def test_compiled_training_follows_eager_training(images, tmp_path):
+    common = [*SMALL, "--data", images, "--iterations", 10]
+    assert run(*common, "--out", tmp_path / "eager") == 0
+    assert run(*common, "--compile", "--out", tmp_path / "compiled") == 0
+    eager, compiled = rows(tmp_path / "eager")[0], rows(tmp_path / "compiled")[0]
+    assert compiled == {k: pytest.approx(v, rel=1e-3) for k, v in eager.items()}

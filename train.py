@@ -1,0 +1,394 @@
+r"""Trains Cas-DM, Dual Diffusion or DDPM; the loop of the paper's Sec. 4.1 is `train`.
+
+    Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
+
+    python train.py                                                     a small Cas-DM on the embedded shapes: minutes on two CPU cores
+    python train.py --model casdm --lpips 0.1 --data cifar10            the paper's run
+    python train.py --model ddpm --predict x0 --metric squeezenet=0.1 --data images.npz --iterations 20000
+    python train.py --resume --out runs/casdm-cifar10                   goes on where it stopped, bit for bit on a CPU
+
+A run's folder holds checkpoint.pt (the last), log.jsonl (a row every 10 steps), curves.png and samples_STEP.png (from the EMA).
+All randomness of step k follows from (seed, k) and the data order from (seed, epoch), so a checkpoint holds no random state.
+Ctrl-C or SIGTERM finishes the step, saves, prints the command that goes on, and exits with 130; a second one exits at once.
+"""
+import argparse
+import copy
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import edges
+from data import DATASETS, batch_indices, from_pixels, load_images, stream, to_pixels
+from diffusion import SCHEDULES, respace
+from losses import METRICS, training_losses
+from refiner import DEFAULTS, MODELS, REFINER_INPUTS, REFINERS, build_model
+from sample import read_checkpoint, sample, save_grid, write_checkpoint
+from unet import load_published
+
+# The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.
+PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, iterations=400_000, batch_size=128, lr=1e-4,
+                        ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000)
+SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=2000, batch_size=16, lr=1e-3, sample_every=1000, save_every=500)
+FREE = ("iterations", "sample_every", "save_every", "data_dir")     # settings that --resume may change
+LOG_EVERY = 10      # steps; a row is the mean over them
+GRID, GRID_STEPS = 64, 100      # images in samples_STEP.png, and their DDIM steps (T where it is smaller)
+
+
+def train(run, stop):
+    """Draw, noise, predict, loss, step, EMA, until `iterations` or a signal. Returns whether it reached the end; the last step is saved."""
+    s, schedule = run.settings, run.model.schedule
+    T, pixels, bf16 = len(schedule.beta) - 1, run.images.pixels, s["precision"] == "bf16"
+    with tqdm(total=s["iterations"], initial=run.step, unit="it", desc="training", file=sys.stderr) as bar:
+        while run.step < s["iterations"] and not stop.asked:
+            draw = stream(s["seed"], "step", run.step)
+            x0 = from_pixels(run.put(pixels[batch_indices(len(pixels), s["batch_size"], run.step, s["seed"])]))
+            t = run.put(draw.integers(1, T + 1, s["batch_size"]))
+            eps = run.put(draw.standard_normal(x0.shape, dtype="float32"))
+            torch.manual_seed(int(draw.integers(2 ** 31)))      # dropout's
+
+            losses = training_losses(run.model, x0, t, eps, schedule, run.metrics, bf16=bf16)
+            run.optimizer.zero_grad()
+            losses["loss"].backward()
+            run.guard(losses)
+            run.optimizer.step()
+            run.update_ema()
+
+            run.step += 1
+            bar.update()
+            run.after_step(bar, stop)
+    if run.saved != run.step:
+        run.save()
+    return run.step == s["iterations"]
+
+
+class Run:
+    """What training changes, and the folder that it leaves: all of it but the pictures can be had back from checkpoint.pt."""
+
+    def __init__(self, settings, folder, device, images, metrics):
+        self.settings, self.folder, self.device, self.images = settings, folder, device, images
+        self.metrics = {name: (weight, m.to(device) if isinstance(m, torch.nn.Module) else m) for name, (weight, m) in metrics.items()}
+        torch.manual_seed(int(stream(settings["seed"], "weights", 0).integers(2 ** 31)))
+        self.model = build_model(settings).to(device)
+        if settings["init_eps"]:
+            load_published(self.model.eps_net, edges.read_tensors(settings["init_eps"], "improved-diffusion checkpoint"), settings["init_eps"])
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.weights, self.averages = list(self.model.parameters()), list(self.ema.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=settings["lr"], weight_decay=0.0, fused=True)
+        self.terms = [*self.model.loss_terms, *self.metrics, "loss"]
+        self.step, self.saved = 0, None
+        self.sums = torch.zeros(len(self.terms), device=device)                             # of the losses since the log's last row
+        self.finite = torch.ones(len(self.terms) + 1, dtype=torch.bool, device=device)      # every loss and the gradient, so far
+        self.applied = torch.zeros((), dtype=torch.int64, device=device)                    # steps, in this process
+        self.begun = self.clock = (0, time.monotonic())
+        if settings["compile"]:
+            self.model.compile()
+
+    def put(self, array):
+        """A numpy array on the device, without waiting for it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
+    def guard(self, losses):
+        """Keeps a step with a non-finite loss or gradient, and all after it, from being applied; nothing waits for the device."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
+        values = torch.stack([*(losses[name].detach() for name in self.terms), norm])
+        self.finite &= values.isfinite()
+        self.optimizer.found_inf = (~self.finite.all()).float()     # the fused AdamW then leaves weights and moments alone
+        self.applied += self.finite.all()
+        self.sums += values[:-1]
+
+    def check(self):
+        """ArithmeticError, naming step and terms, once a loss or gradient was not finite."""
+        if not self.finite.all():
+            bad = [name for name, ok in zip([*self.terms, "gradient"], self.finite.tolist()) if not ok]
+            names = [name for name in bad if name not in ("loss", "gradient")] or bad[:1]
+            raise ArithmeticError(f"step {self.begun[0] + int(self.applied) + 1}: {', '.join(names)} is not finite; expected numbers; the step was not applied, "
+                                  f"the last checkpoint in {self.folder} is from before it; try a smaller --lr or --precision fp32")
+
+    def update_ema(self):
+        """CHOICE: decay 0.9999 as in improved-diffusion, ramped as (1 + k) / (10 + k): without a ramp 61 % of the random start is left after 5k steps."""
+        decay = min(self.settings["ema"], (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+
+    def after_step(self, bar, stop):
+        """Whatever is due: the check of `guard`'s findings, a row, a checkpoint, a grid. On a GPU nothing else waits for the device."""
+        last, row = self.step == self.settings["iterations"], self.step % LOG_EVERY == 0
+        save, draw = (every and (last or self.step % every == 0) for every in (self.settings["save_every"], self.settings["sample_every"]))
+        if row or save or last or self.device.type == "cpu":
+            self.check()
+        if row:
+            bar.set_postfix(loss=f"{self.log():.4f}")
+        if save or last:
+            self.save()
+        if draw and not stop.asked:
+            self.draw(stop)
+
+    def log(self):
+        steps, seconds = self.step - self.clock[0], time.monotonic() - self.clock[1]
+        row = {"step": self.step} | dict(zip(self.terms, (self.sums / LOG_EVERY).tolist()))
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(row | {"images_per_second": round(steps * self.settings["batch_size"] / seconds, 2)}) + "\n")
+        self.sums.zero_()
+        self.clock = (self.step, time.monotonic())
+        return row["loss"]
+
+    def save(self):
+        self.check()
+        write_checkpoint(self.folder / "checkpoint.pt", self.settings, step=self.step, model=self.model.state_dict(), ema=self.ema.state_dict(),
+                         optimizer=self.optimizer.state_dict(), sums=self.sums, data=self.images.fingerprint)
+        self.saved = self.step
+
+    def load(self, state):
+        """Goes back to a checkpoint's step; rows that the log has beyond it are cut off."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sums.copy_(state["sums"])
+            self.step = self.saved = state["step"]
+        except Exception as e:      # tensors of any wrong kind
+            raise ValueError(f"{self.folder / 'checkpoint.pt'} does not fit its settings ({' '.join(str(e).split())[:160]}); expected what train.py wrote") from None
+        if state["data"] != self.images.fingerprint:
+            print(f"note: {self.images.name} has changed since this run began", file=sys.stderr)
+        self.begun = self.clock = (self.step, time.monotonic())
+        rows = [row for row in read_log(self.folder) if row["step"] <= self.step]
+        with edges.atomic(self.folder / "log.jsonl") as f:
+            f.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+    def draw(self, stop):
+        """samples_STEP.png, always from the same noise, and curves.png."""
+        size, T = self.settings["image_size"], self.settings["T"]
+        try:
+            images = sample(self.ema, self.ema.schedule, (GRID, 3, size, size), self.settings["seed"], min(GRID_STEPS, T), watch=lambda *_: stop.check())
+        except Stopped:
+            return
+        save_grid(to_pixels(images).cpu(), self.folder / f"samples_{self.step:06d}.png")
+        draw_curves(read_log(self.folder), self.folder / "curves.png")
+
+
+class Stopped(Exception):
+    """A signal asks for the end of whatever can be left undone."""
+
+
+class Stop:
+    """The first SIGINT or SIGTERM sets `asked`; the second leaves at once: files are written whole or not at all, so nothing is lost."""
+
+    def __init__(self):
+        self.asked = False
+        self.former = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, signum, frame):
+        if self.asked:
+            os._exit(130)
+        self.asked = True
+
+    def check(self):
+        if self.asked:
+            raise Stopped
+
+    def restore(self):
+        for s, handler in self.former.items():
+            signal.signal(s, handler)
+
+
+# ---- the script ----
+
+def parse_args(argv):
+    """(settings, arguments): the settings are plain values that the checkpoint keeps; typed ones alone are in arguments.typed."""
+    p = edges.Parser(__doc__)
+    whole, real = edges.whole, edges.real
+
+    def flag(group, name, text, **how):
+        key = name.replace("-", "_")
+        default = f"{PAPER[key]}" + (f"; on shapes {SHAPES[key]}" if key in SHAPES else "") if key in PAPER else None
+        group.add_argument(f"--{name}", help=text + (f" (default: {default})" if default not in (None, "None", "{}", "False") else ""), **how)
+
+    what = p.add_argument_group("what")
+    flag(what, "model", "figure 1's", choices=MODELS)
+    flag(what, "predict", "what DDPM's network predicts", choices=("eps", "x0"))
+    flag(what, "refiner", "Cas-DM's phi: the U-Net, or the Fix-Res CNN", choices=REFINERS)
+    flag(what, "refiner-input", "what phi sees: x0*, or concat(x0*, eps')", choices=REFINER_INPUTS)
+    flag(what, "init-eps", "start Cas-DM's theta from an improved-diffusion checkpoint", metavar="FILE")
+    flag(what, "lpips", "lambda of LPIPS; the same as --metric lpips=W; the paper's is 0.1", type=real(0), metavar="W")
+    flag(what, "metric", f"a metric on x0' and its lambda: {', '.join(METRICS)}; may be repeated", type=parse_metric, action="append", metavar="NAME=W")
+    flag(what, "data", f"{', '.join(DATASETS)}, a folder of images, or an images .npz", metavar="NAME|PATH")
+    flag(what, "data-dir", "where a named set lies, or is downloaded to", metavar="DIR")
+    flag(what, "skip-bad", "leave out images that cannot be read, and count them", action="store_true", default=None)
+    flag(what, "image-size", "side of the images; a named set or an .npz brings its own", type=whole(1))
+    flag(what, "channels", "width of the U-Nets' first level", type=whole(1))
+    flag(what, "res-blocks", "residual blocks a level", type=whole(1))
+    flag(what, "dropout", "improved-diffusion's CIFAR-10 recipe has 0.3", type=real(0, 0.99))
+    flag(what, "schedule", "of beta", choices=SCHEDULES)
+    flag(what, "T", "diffusion steps", type=whole(1, 100_000))
+    how = p.add_argument_group("how")
+    flag(how, "iterations", "steps of the whole run", type=whole(1))
+    flag(how, "batch-size", "images a step", type=whole(1))
+    flag(how, "lr", "AdamW's, constant", type=real(0, above=True))
+    flag(how, "ema", "decay of the weights' moving average", type=real(0, 1))
+    flag(how, "seed", "of weights, order, noise and samples", type=whole(0))
+    flag(how, "precision", "bf16: the networks under autocast", choices=("fp32", "bf16"))
+    flag(how, "compile", "torch.compile the model", action="store_true", default=None)
+    how.add_argument("--device", type=edges.device, default="auto", help="auto: a GPU where there is one")
+    where = p.add_argument_group("where")
+    where.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
+    where.add_argument("--resume", action="store_true", help="go on with the run in --out; settings come from its checkpoint")
+    flag(where, "sample-every", "steps between grids of samples; 0: never", type=whole(0))
+    flag(where, "save-every", "steps between checkpoints; 0: only the last", type=whole(0))
+    a = p.parse_args(argv)
+    return settings_of(p, a), a
+
+
+def settings_of(p, a):
+    """What was typed, over the defaults that the data bring; a combination that means nothing is a usage error."""
+    typed = {key: value for key, value in vars(a).items() if key in PAPER and value is not None}
+    if a.metric or a.lpips is not None:
+        typed["metric"] = {name: weight for name, weight in [*(a.metric or []), ("lpips", a.lpips or 0)] if weight}
+    data = typed.get("data", PAPER["data"])
+    if data not in DATASETS:
+        typed["data"] = str(Path(data).absolute())
+    a.typed = typed
+    s = PAPER | (SHAPES if data == "shapes" else {}) | {"image_size": DATASETS[data].image_size if data in DATASETS else None} | typed
+    if not a.resume:
+        check(p, s, typed)
+    return s
+
+
+def check(p, s, typed):
+    """Usage errors: all that the flags alone show to be wrong."""
+    foreign = {key for model in MODELS.values() for key in model.options} - set(MODELS[s["model"]].options)
+    if wrong := sorted(foreign & set(typed)):
+        p.error(f"--{wrong[0].replace('_', '-')} means nothing to --model {s['model']}; leave it out")
+    try:
+        with torch.device("meta"):
+            model = build_model(s | {"image_size": s["image_size"] or DEFAULTS["image_size"]})
+        if s["sample_every"]:
+            respace(SCHEDULES[s["schedule"]](s["T"]), min(GRID_STEPS, s["T"]))
+    except ValueError as e:
+        p.error(str(e))
+    if s["metric"] and "x0" not in model.loss_terms:
+        p.error("a metric compares clean images, and DDPM's eps mode learns none; use --predict x0, --model dual or --model casdm")
+
+
+def parse_metric(text):
+    name, equals, weight = text.partition("=")
+    if name not in METRICS or not equals:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected NAME=W with NAME one of {', '.join(METRICS)}")
+    return name, edges.real(0)(weight)
+
+
+def main(argv=None):
+    s, a = parse_args(argv)
+    device = edges.open_device(a.device)
+    folder = (a.out or Path("runs") / f"{s['model']}-{Path(s['data']).stem}").absolute()
+    state = reopen(folder, s, a.typed) if a.resume else None
+    s = state["settings"] if state else s
+    if state and state["step"] >= s["iterations"]:
+        print(f"{folder} is finished: {state['step']} of {s['iterations']} steps; --iterations N goes on to N")
+        return 0
+    if not state:
+        refuse_taken(folder)
+    images, metrics = load_inputs(s)
+    run = Run(s | {"image_size": images.pixels.shape[1]}, folder, device, images, metrics)
+    if state:
+        run.load(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    introduce(run)
+    stop = Stop()
+    try:
+        finished = train(run, stop)
+    finally:
+        stop.restore()
+    return conclude(run, finished)
+
+
+def reopen(folder, s, typed):
+    """The checkpoint in `folder`, its settings changed where --resume may; ValueError, naming it, for any other change."""
+    if not (folder / "checkpoint.pt").exists():
+        raise FileNotFoundError(f"{folder} has no checkpoint.pt; expected a run to resume; name its folder by --out, or leave --resume out to start one")
+    state = read_checkpoint(folder / "checkpoint.pt")
+    kept = state["settings"]
+    for key, value in typed.items():
+        if key not in FREE and value != kept.get(key):
+            raise ValueError(f"--{key.replace('_', '-')} {value}: the run in {folder} has {kept.get(key)}; expected the same; leave it out, or start another run")
+    kept.update((key, typed[key]) for key in FREE if key in typed)
+    return state
+
+
+def refuse_taken(folder):
+    """Before any work: an earlier run is never written over, and a folder that cannot be written is found out now."""
+    if any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl")):
+        raise ValueError(f"{folder} holds a run; expected a new folder; use --resume to go on with it, or --out for another")
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"{parent} cannot be written to; expected a writable folder; choose another --out")
+
+
+def load_inputs(s):
+    """(images, {name: (lambda, metric)}); OSError that names everything that is missing, not only the first."""
+    missing, metrics = [], {}
+    try:
+        images = load_images(s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
+    except OSError as e:
+        missing.append(str(e))
+    for name, weight in s["metric"].items():
+        try:
+            metrics[name] = weight, METRICS[name]()
+        except OSError as e:
+            missing.append(str(e))
+    if missing:
+        raise OSError(" | ".join(missing))
+    return images, metrics
+
+
+def introduce(run):
+    s = run.settings
+    print(", ".join(f"{key} {value}" for key, value in s.items() if value not in (None, {}, False)))
+    print(f"{sum(p.numel() for p in run.weights):,} parameters on {run.device}; {len(run.images.pixels):,} images of {run.images.name}; step {run.step} of {s['iterations']}")
+    print(f"writing to {run.folder}")
+
+
+def conclude(run, finished):
+    place = os.path.relpath(run.folder)
+    if not finished:
+        print(f"stopped at step {run.step}, which is saved; to go on: python train.py --resume --out {place}")
+        return 130
+    print(f"{run.step} steps done; {run.folder} holds checkpoint.pt, log.jsonl, curves.png and samples_{run.step:06d}.png\nnext:\n"
+          f"  python sample.py {place}/checkpoint.pt --n 64 --out samples.png\n"
+          f"  python sample.py {place}/checkpoint.pt --trace trace.png")
+    return 0
+
+
+# ---- the log ----
+
+def read_log(folder):
+    """The rows of log.jsonl; a last line that a killed process left unfinished is no row."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def draw_curves(rows, path):
+    """The losses over the steps, as one picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for term in rows[0] if rows else ():
+        if term not in ("step", "images_per_second"):
+            axis.semilogy([row["step"] for row in rows], [row[term] for row in rows], label=term, linewidth=2 if term == "loss" else 1)
+    axis.set(xlabel="step", ylabel="loss, each term times its lambda")
+    if rows:
+        axis.legend()
+    with edges.atomic(path) as f:
+        figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(edges.run(main))
