@@ -374,7 +374,7 @@ def _npz_labels(path, n):
 
 def _prepared(frames, labels, size, fingerprint, source):
     # -> pixels [N, size, size, 3], memory-mapped; labels of the images kept
-    path = _cache_folder() / f"{fingerprint}.npy"
+    path = cache_folder() / f"{fingerprint}.npy"
     found = _cached(path, size, labels is not None)
     if found is None:
         print(f"preparing {source} at {size} x {size}, once, in {path}", file=sys.stderr)
@@ -421,7 +421,7 @@ def _cached(path, size, labelled):
     return (pixels, labels) if whole and (labels is None or len(labels) == len(pixels)) else None
 
 
-def _cache_folder():
+def cache_folder():
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cas-dm"
     try:
         folder.mkdir(parents=True, exist_ok=True)

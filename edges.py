@@ -14,11 +14,11 @@ import argparse
 import errno
 import math
 import os
+import signal
 import socket
 import sys
-import urllib.error
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,8 @@ def open_device(name):
 
 
 def run(main, argv=None):
-    """Calls main(argv) and turns its end into an exit code. A bug of ours keeps its traceback."""
+    """Calls main(argv) and turns its end into an exit code; SIGTERM ends it as Ctrl-C does. A bug of ours keeps its traceback."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main(argv) or 0
     except KeyboardInterrupt:
@@ -99,6 +100,8 @@ def run(main, argv=None):
         print(f"error: out of memory ({_line(e)[:200]}); expected the batch to fit; use a smaller --batch-size", file=sys.stderr)
     except (ValueError, OSError, ArithmeticError) as e:
         print(f"error: {_line(e)}", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, former)
     return 1
 
 
@@ -163,7 +166,7 @@ def read_tensors(path, what="torch file"):
                     raise ValueError("its checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # a bad file can fail anywhere inside zipfile, pickle and torch, each with an exception of its own
-        if isinstance(e, OSError) and e.errno is not None:
+        if isinstance(e, OSError) and e.filename is not None:
             raise
         reason = "it holds more than tensors and plain values" if "weights_only" in str(e) or "Unsupported" in str(e) else _line(e)[:120] or type(e).__name__
         raise ValueError(f"{path} cannot be read as a {what} ({reason}); expected a whole file that torch.save wrote; get or make it again") from None
@@ -210,11 +213,15 @@ def download(url, megabytes, needed_for, instead, sha256=None, folder=None):
     size = f"{megabytes:.3g} MB"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
+    made = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url} ({size}) to {path.absolute()}", file=sys.stderr)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError, urllib.error.URLError) as e:     # RuntimeError: the digest differs
+    except (OSError, RuntimeError) as e:     # RuntimeError: the digest differs
+        if made:
+            with suppress(OSError):
+                path.parent.rmdir()
         raise OSError(f"{path.name} ({size}) is missing and cannot be fetched from {url} ({_line(e)[:160]}); {needed_for} needs it; "
                       f"put it at {path.absolute()} by hand, or {instead}") from None
     finally:

@@ -7,7 +7,8 @@ r"""Trains Cas-DM, Dual Diffusion or DDPM; the loop of the paper's Sec. 4.1 is `
     python train.py --model ddpm --predict x0 --metric squeezenet=0.1 --data images.npz --iterations 20000
     python train.py --resume --out runs/casdm-cifar10                   goes on where it stopped, bit for bit on a CPU
 
-A run's folder holds checkpoint.pt (the last), log.jsonl (a row every 10 steps), curves.png and samples_STEP.png (from the EMA).
+A run's folder holds checkpoint.pt (the last), log.jsonl (a row every 10 steps), curves.png and samples_STEP.png (from the EMA); with
+--eval-every also FID, sFID and IS in the log, and best.pt, since the paper reports the best of its evaluated checkpoints.
 All randomness of step k follows from (seed, k) and the data order from (seed, epoch), so a checkpoint holds no random state.
 Ctrl-C or SIGTERM finishes the step, saves, prints the command that goes on, and exits with 130; a second one exits at once.
 """
@@ -24,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import edges
+import fid
 from data import DATASETS, batch_indices, from_pixels, load_images, stream, to_pixels
 from diffusion import SCHEDULES, respace
 from losses import METRICS, training_losses
@@ -33,9 +35,9 @@ from unet import load_published
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.
 PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, iterations=400_000, batch_size=128, lr=1e-4,
-                        ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000)
+                        ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000, eval_every=0, eval_samples=10_000)
 SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=2000, batch_size=16, lr=1e-3, sample_every=1000, save_every=500)
-FREE = ("iterations", "sample_every", "save_every", "data_dir")     # settings that --resume may change
+FREE = ("iterations", "sample_every", "save_every", "eval_every", "eval_samples", "data_dir")     # settings that --resume may change
 LOG_EVERY = 10      # steps; a row is the mean over them
 GRID, GRID_STEPS = 64, 100      # images in samples_STEP.png, and their DDIM steps (T where it is smaller)
 
@@ -70,8 +72,9 @@ def train(run, stop):
 class Run:
     """What training changes, and the folder that it leaves: all of it but the pictures can be had back from checkpoint.pt."""
 
-    def __init__(self, settings, folder, device, images, metrics):
+    def __init__(self, settings, folder, device, images, metrics, network=None):
         self.settings, self.folder, self.device, self.images = settings, folder, device, images
+        self.network = network      # FID's
         self.metrics = {name: (weight, m.to(device) if isinstance(m, torch.nn.Module) else m) for name, (weight, m) in metrics.items()}
         torch.manual_seed(int(stream(settings["seed"], "weights", 0).integers(2 ** 31)))
         self.model = build_model(settings).to(device)
@@ -117,30 +120,43 @@ class Run:
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
     def after_step(self, bar, stop):
-        """Whatever is due: the check of `guard`'s findings, a row, a checkpoint, a grid. On a GPU nothing else waits for the device."""
-        last, row = self.step == self.settings["iterations"], self.step % LOG_EVERY == 0
-        save, draw = (every and (last or self.step % every == 0) for every in (self.settings["save_every"], self.settings["sample_every"]))
-        if row or save or last or self.device.type == "cpu":
+        """Whatever is due: the check of `guard`'s findings, a row, a checkpoint, pictures. On a GPU nothing else waits for the device."""
+        row, save, pictures = self.step % LOG_EVERY == 0, due(self.settings, "save_every", self.step), any(pending(self.settings, self.folder, self.step))
+        last = self.step == self.settings["iterations"]
+        if row or save or pictures or last or self.device.type == "cpu":
             self.check()
         if row:
             bar.set_postfix(loss=f"{self.log():.4f}")
-        if save or last:
+        if save or pictures or last:
             self.save()
-        if draw and not stop.asked:
-            self.draw(stop)
+        self.show(stop)
+
+    def show(self, stop):
+        """The grid and the evaluation due at this step, unless the folder has them or a signal asks to stop; --resume makes up for those."""
+        try:
+            grid, evaluation = pending(self.settings, self.folder, self.step)
+            if grid:
+                self.draw(stop)
+            if evaluation:
+                self.evaluate(stop)
+        except Stopped:
+            pass
 
     def log(self):
         steps, seconds = self.step - self.clock[0], time.monotonic() - self.clock[1]
         row = {"step": self.step} | dict(zip(self.terms, (self.sums / LOG_EVERY).tolist()))
-        with open(self.folder / "log.jsonl", "a") as f:
-            f.write(json.dumps(row | {"images_per_second": round(steps * self.settings["batch_size"] / seconds, 2)}) + "\n")
+        self.write(row | {"images_per_second": round(steps * self.settings["batch_size"] / seconds, 2)})
         self.sums.zero_()
         self.clock = (self.step, time.monotonic())
         return row["loss"]
 
-    def save(self):
+    def write(self, row):
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def save(self, name="checkpoint.pt"):
         self.check()
-        write_checkpoint(self.folder / "checkpoint.pt", self.settings, step=self.step, model=self.model.state_dict(), ema=self.ema.state_dict(),
+        write_checkpoint(self.folder / name, self.settings, step=self.step, model=self.model.state_dict(), ema=self.ema.state_dict(),
                          optimizer=self.optimizer.state_dict(), sums=self.sums, data=self.images.fingerprint)
         self.saved = self.step
 
@@ -164,12 +180,37 @@ class Run:
     def draw(self, stop):
         """samples_STEP.png, always from the same noise, and curves.png."""
         size, T = self.settings["image_size"], self.settings["T"]
-        try:
-            images = sample(self.ema, self.ema.schedule, (GRID, 3, size, size), self.settings["seed"], min(GRID_STEPS, T), watch=lambda *_: stop.check())
-        except Stopped:
-            return
-        save_grid(to_pixels(images).cpu(), self.folder / f"samples_{self.step:06d}.png")
+        stop.check()
+        images = sample(self.ema, self.ema.schedule, (GRID, 3, size, size), self.settings["seed"], min(GRID_STEPS, T), watch=stop.check)
         draw_curves(read_log(self.folder), self.folder / "curves.png")
+        save_grid(to_pixels(images).cpu(), grid_path(self.folder, self.step))
+
+    def evaluate(self, stop):
+        """FID, sFID and IS of samples from the EMA against the training images; best.pt is the checkpoint with the least FID so far."""
+        s = self.settings
+        stop.check()
+        batches = fid.sampled(self.ema, self.ema.schedule, s["image_size"], s["eval_samples"], min(GRID_STEPS, s["T"]), s["seed"], 64, watch=stop.check)
+        found = fid.scores(fid.features_of(batches, self.network, s["eval_samples"]), fid.reference(self.images, self.network))
+        distance = next(iter(found))        # fid, or its stand-in where the weights are random
+        if all(found[distance] < row[distance] for row in read_log(self.folder) if distance in row):
+            self.save("best.pt")
+        self.write({"step": self.step} | {name: value for name, value in found.items() if name not in ("n_a", "n_b")})
+        draw_curves(read_log(self.folder), self.folder / "curves.png")
+
+
+def due(s, every, step):
+    """Whether what happens every `every` steps does now; 0 is never, and the last step always counts."""
+    return bool(s[every]) and (step % s[every] == 0 or step == s["iterations"])
+
+
+def pending(s, folder, step):
+    """Whether a grid, and an evaluation, are due at this step and not in the folder yet."""
+    grid = due(s, "sample_every", step) and not grid_path(folder, step).exists()
+    return grid, due(s, "eval_every", step) and not any(row["step"] == step and "loss" not in row for row in read_log(folder))
+
+
+def grid_path(folder, step):
+    return folder / f"samples_{step:06d}.png"
 
 
 class Stopped(Exception):
@@ -188,7 +229,8 @@ class Stop:
             os._exit(130)
         self.asked = True
 
-    def check(self):
+    def check(self, *_):
+        """Called between the parts of work that can be left undone."""
         if self.asked:
             raise Stopped
 
@@ -240,6 +282,8 @@ def parse_args(argv):
     where.add_argument("--resume", action="store_true", help="go on with the run in --out; settings come from its checkpoint")
     flag(where, "sample-every", "steps between grids of samples; 0: never", type=whole(0))
     flag(where, "save-every", "steps between checkpoints; 0: only the last", type=whole(0))
+    flag(where, "eval-every", "steps between evaluations (FID, sFID, IS); 0: never", type=whole(0))
+    flag(where, "eval-samples", "images of an evaluation; the paper's 50000 on CIFAR-10", type=whole(2))
     a = p.parse_args(argv)
     return settings_of(p, a), a
 
@@ -288,19 +332,23 @@ def main(argv=None):
     folder = (a.out or Path("runs") / f"{s['model']}-{Path(s['data']).stem}").absolute()
     state = reopen(folder, s, a.typed) if a.resume else None
     s = state["settings"] if state else s
-    if state and state["step"] >= s["iterations"]:
+    if state and state["step"] >= s["iterations"] and not any(pending(s, folder, state["step"])):
         print(f"{folder} is finished: {state['step']} of {s['iterations']} steps; --iterations N goes on to N")
         return 0
     if not state:
         refuse_taken(folder)
-    images, metrics = load_inputs(s)
-    run = Run(s | {"image_size": images.pixels.shape[1]}, folder, device, images, metrics)
+    images, metrics, network = load_inputs(s)
+    run = Run(s | {"image_size": images.pixels.shape[1]}, folder, device, images, metrics, network and network.to(device))
+    folder.mkdir(parents=True, exist_ok=True)
     if state:
         run.load(state)
-    folder.mkdir(parents=True, exist_ok=True)
+    if network:
+        fid.reference(images, network)      # before the first step: it takes minutes, and can fail
     introduce(run)
     stop = Stop()
     try:
+        if state:
+            run.show(stop)
         finished = train(run, stop)
     finally:
         stop.restore()
@@ -330,20 +378,21 @@ def refuse_taken(folder):
 
 
 def load_inputs(s):
-    """(images, {name: (lambda, metric)}); OSError that names everything that is missing, not only the first."""
-    missing, metrics = [], {}
-    try:
-        images = load_images(s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
-    except OSError as e:
-        missing.append(str(e))
-    for name, weight in s["metric"].items():
+    """(images, {name: (lambda, metric)}, FID's network or None); OSError that names everything that is missing, not only the first."""
+    missing = []
+
+    def attempt(load, *how):
         try:
-            metrics[name] = weight, METRICS[name]()
+            return load(*how)
         except OSError as e:
             missing.append(str(e))
+
+    images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
+    metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
+    network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
     if missing:
         raise OSError(" | ".join(missing))
-    return images, metrics
+    return images, metrics, network
 
 
 def introduce(run):
@@ -374,17 +423,19 @@ def read_log(folder):
 
 
 def draw_curves(rows, path):
-    """The losses over the steps, as one picture."""
+    """The losses over the steps, and the scores where the run evaluates, as one picture."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for term in rows[0] if rows else ():
-        if term not in ("step", "images_per_second"):
-            axis.semilogy([row["step"] for row in rows], [row[term] for row in rows], label=term, linewidth=2 if term == "loss" else 1)
-    axis.set(xlabel="step", ylabel="loss, each term times its lambda")
-    if rows:
-        axis.legend()
+    losses, scores = ([row for row in rows if ("loss" in row) == wanted] for wanted in (True, False))
+    figure, axes = plt.subplots(1, 2 if scores else 1, figsize=(16 if scores else 8, 4.5), squeeze=False)
+    for axis, kind, label in zip(axes[0], (losses, scores), ("loss, each term times its lambda", "score")):
+        for name in kind[0] if kind else ():
+            if name not in ("step", "images_per_second"):
+                axis.semilogy([row["step"] for row in kind], [row[name] for row in kind], label=name, marker="" if kind is losses else "o")
+        axis.set(xlabel="step", ylabel=label)
+        if kind:
+            axis.legend()
     with edges.atomic(path) as f:
         figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
