@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 # ---- command lines ----
@@ -100,7 +101,13 @@ def run(main, argv=None):
         print(f"error: out of memory ({_line(e)[:200]}); expected the batch to fit; use a smaller --batch-size", file=sys.stderr)
     except (ValueError, OSError, ArithmeticError) as e:
         print(f"error: {_line(e)}", file=sys.stderr)
+    except RuntimeError as e:
+        if not (dist.is_initialized() and any(word in str(e) for word in ("peer", "onnection", "NCCL"))):
+            raise
+        print(f"error: rank {dist.get_rank()} lost another process of this run; expected all to live; see that one's message, then --resume", file=sys.stderr)
     finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         signal.signal(signal.SIGTERM, former)
     return 1
 

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import data
 import edges
+import parallel
 import sample
 
 WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -173,9 +174,9 @@ def features_of(batches, network, n=None, keep_pool=False):
     n: how many images to expect, for the progress bar. ValueError below 2 images and where a feature is not finite.
     """
     pool_sums, spatial_sums, pools, splits, pending = Statistics(), Statistics(), [], [], None
-    with tqdm(total=n, unit="image", desc="features", file=sys.stderr, disable=None) as bar:
+    with tqdm(total=n, unit="image", desc="features", file=sys.stderr, disable=parallel.rank() > 0 or None) as bar:
         for batch in batches:
-            pool, spatial, logits = network(batch)
+            pool, spatial, logits = (parallel.concat(rows) for rows in network(batch))
             pool_sums.add(pool)
             spatial_sums.add(spatial)
             pools += [pool.half()] if keep_pool else []
@@ -183,7 +184,7 @@ def features_of(batches, network, n=None, keep_pool=False):
             while len(pending) >= SPLIT:
                 splits.append(inception_score(pending[:SPLIT])[0])
                 pending = pending[SPLIT:]
-            bar.update(len(batch))
+            bar.update(len(pool))
     gaussians = (*pool_sums.gaussian(), *spatial_sums.gaussian())
     splits += [inception_score(pending)[0]] if len(pending) else []
     score = float(np.mean(splits)), float(np.std(splits))
@@ -219,7 +220,8 @@ def reference(images, network, batch_size=50):
     try:
         return load_statistics(path)
     except (FileNotFoundError, ValueError):     # not there yet, or damaged: made again
-        print(f"statistics of {images.name} are computed once and kept at {path}", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"statistics of {images.name} are computed once and kept at {path}", file=sys.stderr)
     features = features_of(batched(images.pixels, batch_size), network, len(images.pixels))
     save_statistics(path, features)
     return features
@@ -227,6 +229,8 @@ def reference(images, network, batch_size=50):
 
 def save_statistics(path, features):
     """An .npz with guided-diffusion's keys mu, sigma, mu_s, sigma_s, which holds pytorch-fid's mu, sigma; and n, weights."""
+    if parallel.rank():
+        return
     with edges.atomic(path) as f:
         np.savez(f, **{key: value for key, value in features._asdict().items() if key in Features._fields[:6] and value is not None})
 
@@ -358,8 +362,8 @@ def open_side(source, a, device):
         raise FileNotFoundError(f"{source} does not exist; expected a folder, an images or statistics .npz, a checkpoint .pt, or one of "
                                 f"{', '.join(data.DATASETS)}; check the path")
     if is_checkpoint(source):
-        model, schedule, settings = sample.load_model(path, device)
-        return sampled(model, schedule, settings["image_size"], a.n, a.steps, a.seed, a.batch_size), a.n
+        model, _, settings = sample.load_model(path, device)
+        return sampled(model, a.n, settings["image_size"], a.steps, a.seed, a.batch_size), a.n
     if path.suffix == ".npz" and edges.read_npz(path, ["mu"]):
         return load_statistics(path)
     images = data.raw_images(source, a.data_dir, a.skip_bad)
@@ -371,17 +375,21 @@ def is_checkpoint(source):
 
 
 def batched(images, batch_size):
-    """uint8 [H, W, 3] images as uint8 [N, 3, H, W] batches; a batch holds neighbours of one size, at most batch_size of them."""
-    for _, same in itertools.groupby(images, key=np.shape):
-        while batch := list(itertools.islice(same, batch_size)):
-            yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+    """uint8 [H, W, 3] images as this rank's uint8 [N, 3, H, W] batches; a batch holds neighbours of one size, at most batch_size of them."""
+    def batches():
+        for _, same in itertools.groupby(images, key=np.shape):
+            while batch := list(itertools.islice(same, batch_size)):
+                yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+    every = batches()
+    while turn := list(itertools.islice(every, parallel.size())):
+        yield turn[parallel.rank()] if parallel.rank() < len(turn) else turn[0][:0]
 
 
-def sampled(model, schedule, image_size, n, steps, seed, batch_size, watch=None):
-    """Images 0 .. n - 1 of `seed` as uint8 [N, 3, H, W] batches, quantised as sample.py would write them; watch as in sample.sample."""
-    for first in range(0, n, batch_size):
-        shape = (min(batch_size, n - first), 3, image_size, image_size)
-        yield data.to_pixels(sample.sample(model, schedule, shape, seed, steps, first=first, watch=watch)).permute(0, 3, 1, 2)
+def sampled(model, n, image_size, steps, seed, batch_size, watch=None):
+    """This rank's share of images 0 .. n - 1 of `seed`, uint8 [N, 3, H, W] batches quantised as sample.py writes them; watch as in sample.sample."""
+    for first, count in parallel.share(n, batch_size):
+        images = sample.sample(model, model.schedule, (count, 3, image_size, image_size), seed, steps, first=first, watch=watch)
+        yield data.to_pixels(images).permute(0, 3, 1, 2)
 
 
 # ---- the script ----
@@ -421,7 +429,7 @@ def main(argv=None):
     if a.save_stats and not a.save_stats.absolute().parent.is_dir():
         raise FileNotFoundError(f"{a.save_stats.absolute().parent} does not exist; expected --save-stats in a folder that does; make it first")
     note = sys.stderr if a.json else sys.stdout
-    device = edges.open_device(a.device)
+    device = parallel.begin(edges.open_device(a.device))
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
     with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
     network = InceptionFeatures(a.weights).to(device) if with_images else None

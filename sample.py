@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import edges
+import parallel
 from data import stream, to_pixels
 from diffusion import ddim_mu_from_eps, ddim_mu_from_x0, ddim_sigma, eps_from_x0, mix, respace, x0_from_eps
 from refiner import build_model
@@ -70,7 +71,10 @@ def p_sample(x_t, t, x0_star, x0_hat, r_t, chain, eta=0.0, z=0):
 
 def _normal(streams, shape, device):
     """N(0, 1) noise, image i from streams[i]; drawn on the CPU, so that every device gets the same."""
-    return torch.from_numpy(np.stack([s.standard_normal(shape[1:], dtype=np.float32) for s in streams])).to(device)
+    noise = np.empty(shape, np.float32)
+    for image, s in zip(noise, streams):
+        s.standard_normal(out=image, dtype=np.float32)
+    return torch.from_numpy(noise).to(device)
 
 
 # ---- checkpoints ----
@@ -184,7 +188,7 @@ def parse_args(argv):
 def main(argv=None):
     a = parse_args(argv)
     check_writable(a.trace or a.out)
-    model, schedule, settings = load_model(a.checkpoint, edges.open_device(a.device), a.raw)
+    model, schedule, settings = load_model(a.checkpoint, parallel.begin(edges.open_device(a.device)), a.raw)
     size = settings["image_size"]
     respace(schedule, a.steps)
     if a.trace:
@@ -193,13 +197,13 @@ def main(argv=None):
         picked = np.unique(np.linspace(0, len(seen) - 1, 10).round().astype(int))
         save_trace([seen[i] for i in picked], a.trace)
     else:
-        pixels = np.empty((a.n, size, size, 3), np.uint8)
-        with tqdm(total=a.n * a.steps, unit="step", desc="sampling", file=sys.stderr, disable=None) as bar:
-            for first in range(0, a.n, a.batch_size):
-                n = min(a.batch_size, a.n - first)
-                images = sample(model, schedule, (n, 3, size, size), a.seed, a.steps, a.eta, first, watch=lambda *_: bar.update(n))
-                pixels[first:first + n] = to_pixels(images).cpu().numpy()
-        {".png": save_grid, ".npz": save_npz, "": save_folder}[a.out.suffix](pixels, a.out)
+        pixels = []
+        with tqdm(total=a.n * a.steps, unit="step", desc="sampling", file=sys.stderr, disable=parallel.rank() > 0 or None) as bar:
+            for first, n in parallel.share(a.n, a.batch_size):
+                images = sample(model, schedule, (n, 3, size, size), a.seed, a.steps, a.eta, first, watch=lambda *_: bar.update(n * parallel.size()))
+                pixels.append(parallel.concat(to_pixels(images)).cpu().numpy())
+        if parallel.rank() == 0:
+            {".png": save_grid, ".npz": save_npz, "": save_folder}[a.out.suffix](np.concatenate(pixels), a.out)
     print(f"{'a trace' if a.trace else f'{a.n} images'} of {'trained' if a.raw else 'EMA'} weights written to {(a.trace or a.out).absolute()}")
 
 

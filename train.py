@@ -5,6 +5,7 @@ r"""Trains Cas-DM, Dual Diffusion or DDPM; the loop of the paper's Sec. 4.1 is `
     python train.py                                                     a small Cas-DM on the embedded shapes: minutes on two CPU cores
     python train.py --model casdm --lpips 0.1 --data cifar10            the paper's run
     python train.py --model ddpm --predict x0 --metric squeezenet=0.1 --data images.npz --iterations 20000
+    torchrun --nproc_per_node=8 -- train.py --data cifar10              on 8 devices, 16 of the 128 images each
     python train.py --resume --out runs/casdm-cifar10                   goes on where it stopped, bit for bit on a CPU
 
 A run's folder holds checkpoint.pt (the last), log.jsonl (a row every 10 steps), curves.png and samples_STEP.png (from the EMA); with
@@ -22,19 +23,21 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import edges
 import fid
-from data import DATASETS, batch_indices, from_pixels, load_images, stream, to_pixels
+import parallel
+from data import DATASETS, batch_indices, from_pixels, load_images, stream
 from diffusion import SCHEDULES, respace
 from losses import METRICS, training_losses
 from refiner import DEFAULTS, MODELS, REFINER_INPUTS, REFINERS, build_model
-from sample import read_checkpoint, sample, save_grid, write_checkpoint
+from sample import read_checkpoint, save_grid, write_checkpoint
 from unet import load_published
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.
-PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, iterations=400_000, batch_size=128, lr=1e-4,
+PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
                         ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000, eval_every=0, eval_samples=10_000)
 SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=2000, batch_size=16, lr=1e-3, sample_every=1000, save_every=500)
 FREE = ("iterations", "sample_every", "save_every", "eval_every", "eval_samples", "data_dir")     # settings that --resume may change
@@ -46,18 +49,21 @@ def train(run, stop):
     """Draw, noise, predict, loss, step, EMA, until `iterations` or a signal. Returns whether it reached the end; the last step is saved."""
     s, schedule = run.settings, run.model.schedule
     T, pixels, bf16 = len(schedule.beta) - 1, run.images.pixels, s["precision"] == "bf16"
-    with tqdm(total=s["iterations"], initial=run.step, unit="it", desc="training", file=sys.stderr) as bar:
-        while run.step < s["iterations"] and not stop.asked:
+    with tqdm(total=s["iterations"], initial=run.step, unit="it", desc="training", file=sys.stderr, disable=parallel.rank() > 0) as bar:
+        while run.step < s["iterations"] and not run.stopped(stop):
             draw = stream(s["seed"], "step", run.step)
-            x0 = from_pixels(run.put(pixels[batch_indices(len(pixels), s["batch_size"], run.step, s["seed"])]))
-            t = run.put(draw.integers(1, T + 1, s["batch_size"]))
-            eps = run.put(draw.standard_normal(x0.shape, dtype="float32"))
-            torch.manual_seed(int(draw.integers(2 ** 31)))      # dropout's
+            image = batch_indices(len(pixels), s["batch_size"], run.step, s["seed"])
+            t = draw.integers(1, T + 1, s["batch_size"])
+            eps = draw.standard_normal((s["batch_size"], 3, *pixels.shape[1:3]), dtype="float32")
+            torch.manual_seed(int(draw.integers(2 ** 31)) + parallel.rank())      # dropout's
 
-            losses = training_losses(run.model, x0, t, eps, schedule, run.metrics, bf16=bf16)
             run.optimizer.zero_grad()
-            losses["loss"].backward()
-            run.guard(losses)
+            for mine in run.shares():
+                x0 = from_pixels(run.put(pixels[image[mine]]))
+                losses = training_losses(run.net, x0, run.put(t[mine]), run.put(eps[mine]), schedule, run.metrics, bf16=bf16)
+                (losses["loss"] / s["accumulate"]).backward()
+                run.note(losses)
+            run.guard(stop)
             run.optimizer.step()
             run.update_ema()
 
@@ -81,36 +87,59 @@ class Run:
         if settings["init_eps"]:
             load_published(self.model.eps_net, edges.read_tensors(settings["init_eps"], "improved-diffusion checkpoint"), settings["init_eps"])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if settings["compile"]:
+            self.model.compile()
+        self.net = DistributedDataParallel(self.model) if parallel.size() > 1 else self.model
+        self.net.loss_terms = self.model.loss_terms
         self.weights, self.averages = list(self.model.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings["lr"], weight_decay=0.0, fused=True)
         self.terms = [*self.model.loss_terms, *self.metrics, "loss"]
         self.step, self.saved = 0, None
-        self.sums = torch.zeros(len(self.terms), device=device)                             # of the losses since the log's last row
-        self.finite = torch.ones(len(self.terms) + 1, dtype=torch.bool, device=device)      # every loss and the gradient, so far
-        self.applied = torch.zeros((), dtype=torch.int64, device=device)                    # steps, in this process
+        # Findings stay on the device, so that no step waits for it: the losses of this step and their sums since the log's last row,
+        # which of them (and the gradient) were finite so far, how many steps were applied in this process, how often a stop was asked for.
+        self.values, self.sums = torch.zeros(2, len(self.terms), device=device)
+        self.finite = torch.ones(len(self.terms) + 1, dtype=torch.bool, device=device)
+        self.applied = torch.zeros((), dtype=torch.int64, device=device)
+        self.asked = torch.zeros((), device=device)
         self.begun = self.clock = (0, time.monotonic())
-        if settings["compile"]:
-            self.model.compile()
 
     def put(self, array):
         """A numpy array on the device, without waiting for it."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
-    def guard(self, losses):
+    def shares(self):
+        """This rank's slices of the global batch, one an accumulated part; the gradient is exchanged in the last of them."""
+        parts, stride = self.settings["accumulate"], parallel.size() * self.settings["accumulate"]
+        for part in range(parts):
+            self.net.require_backward_grad_sync = part == parts - 1
+            yield slice(parallel.rank() + part * parallel.size(), None, stride)
+
+    def note(self, losses):
+        self.values += torch.stack([losses[name].detach() for name in self.terms]) / self.settings["accumulate"]
+
+    def guard(self, stop):
         """Keeps a step with a non-finite loss or gradient, and all after it, from being applied; nothing waits for the device."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
-        values = torch.stack([*(losses[name].detach() for name in self.terms), norm])
-        self.finite &= values.isfinite()
+        found = parallel.add(torch.cat([self.values, torch.stack([norm, torch.full_like(norm, stop.asked)])])) / parallel.size()
+        self.finite &= found[:-1].isfinite()
         self.optimizer.found_inf = (~self.finite.all()).float()     # the fused AdamW then leaves weights and moments alone
         self.applied += self.finite.all()
-        self.sums += values[:-1]
+        self.sums += found[:-2]
+        self.asked += found[-1]
+        self.values.zero_()
+
+    def stopped(self, stop):
+        """Whether to leave the loop; several ranks leave it after the same step, looking when the log has a row."""
+        return stop.asked if parallel.size() == 1 else self.step % LOG_EVERY == 0 and bool(self.asked)
 
     def check(self):
         """ArithmeticError, naming step and terms, once a loss or gradient was not finite."""
         if not self.finite.all():
             bad = [name for name, ok in zip([*self.terms, "gradient"], self.finite.tolist()) if not ok]
             names = [name for name in bad if name not in ("loss", "gradient")] or bad[:1]
+            if parallel.rank():
+                raise SystemExit(1)     # rank 0 says it
             raise ArithmeticError(f"step {self.begun[0] + int(self.applied) + 1}: {', '.join(names)} is not finite; expected numbers; the step was not applied, "
                                   f"the last checkpoint in {self.folder} is from before it; try a smaller --lr or --precision fp32")
 
@@ -134,7 +163,7 @@ class Run:
     def show(self, stop):
         """The grid and the evaluation due at this step, unless the folder has them or a signal asks to stop; --resume makes up for those."""
         try:
-            grid, evaluation = pending(self.settings, self.folder, self.step)
+            grid, evaluation = parallel.first(lambda: pending(self.settings, self.folder, self.step))
             if grid:
                 self.draw(stop)
             if evaluation:
@@ -151,14 +180,17 @@ class Run:
         return row["loss"]
 
     def write(self, row):
+        if parallel.rank():
+            return
         with open(self.folder / "log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
 
     def save(self, name="checkpoint.pt"):
         self.check()
-        write_checkpoint(self.folder / name, self.settings, step=self.step, model=self.model.state_dict(), ema=self.ema.state_dict(),
-                         optimizer=self.optimizer.state_dict(), sums=self.sums, data=self.images.fingerprint)
         self.saved = self.step
+        if parallel.rank() == 0:
+            write_checkpoint(self.folder / name, self.settings, step=self.step, model=self.model.state_dict(), ema=self.ema.state_dict(),
+                             optimizer=self.optimizer.state_dict(), sums=self.sums, data=self.images.fingerprint)
 
     def load(self, state):
         """Goes back to a checkpoint's step; rows that the log has beyond it are cut off."""
@@ -174,28 +206,32 @@ class Run:
             print(f"note: {self.images.name} has changed since this run began", file=sys.stderr)
         self.begun = self.clock = (self.step, time.monotonic())
         rows = [row for row in read_log(self.folder) if row["step"] <= self.step]
-        with edges.atomic(self.folder / "log.jsonl") as f:
-            f.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        if parallel.rank() == 0:
+            with edges.atomic(self.folder / "log.jsonl") as f:
+                f.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
     def draw(self, stop):
         """samples_STEP.png, always from the same noise, and curves.png."""
-        size, T = self.settings["image_size"], self.settings["T"]
-        stop.check()
-        images = sample(self.ema, self.ema.schedule, (GRID, 3, size, size), self.settings["seed"], min(GRID_STEPS, T), watch=stop.check)
-        draw_curves(read_log(self.folder), self.folder / "curves.png")
-        save_grid(to_pixels(images).cpu(), grid_path(self.folder, self.step))
+        images = fid.sampled(self.ema, GRID, **self.sampling(stop))
+        pixels = torch.cat([parallel.concat(batch) for batch in images]).permute(0, 2, 3, 1).cpu()
+        if parallel.rank() == 0:
+            draw_curves(read_log(self.folder), self.folder / "curves.png")
+            save_grid(pixels, grid_path(self.folder, self.step))
 
     def evaluate(self, stop):
         """FID, sFID and IS of samples from the EMA against the training images; best.pt is the checkpoint with the least FID so far."""
-        s = self.settings
-        stop.check()
-        batches = fid.sampled(self.ema, self.ema.schedule, s["image_size"], s["eval_samples"], min(GRID_STEPS, s["T"]), s["seed"], 64, watch=stop.check)
-        found = fid.scores(fid.features_of(batches, self.network, s["eval_samples"]), fid.reference(self.images, self.network))
+        n = self.settings["eval_samples"]
+        found = fid.scores(fid.features_of(fid.sampled(self.ema, n, **self.sampling(stop)), self.network, n), fid.reference(self.images, self.network))
         distance = next(iter(found))        # fid, or its stand-in where the weights are random
         if all(found[distance] < row[distance] for row in read_log(self.folder) if distance in row):
             self.save("best.pt")
         self.write({"step": self.step} | {name: value for name, value in found.items() if name not in ("n_a", "n_b")})
-        draw_curves(read_log(self.folder), self.folder / "curves.png")
+        if parallel.rank() == 0:
+            draw_curves(read_log(self.folder), self.folder / "curves.png")
+
+    def sampling(self, stop):
+        s = self.settings
+        return dict(image_size=s["image_size"], steps=min(GRID_STEPS, s["T"]), seed=s["seed"], batch_size=GRID, watch=stop.check)
 
 
 def due(s, every, step):
@@ -230,8 +266,8 @@ class Stop:
         self.asked = True
 
     def check(self, *_):
-        """Called between the parts of work that can be left undone."""
-        if self.asked:
+        """Called between the parts of work that can be left undone; one rank alone must not, or the others would wait for it."""
+        if self.asked and parallel.size() == 1:
             raise Stopped
 
     def restore(self):
@@ -271,6 +307,7 @@ def parse_args(argv):
     how = p.add_argument_group("how")
     flag(how, "iterations", "steps of the whole run", type=whole(1))
     flag(how, "batch-size", "images a step", type=whole(1))
+    flag(how, "accumulate", "parts in which a process takes its share of the batch, one after another, to save memory", type=whole(1))
     flag(how, "lr", "AdamW's, constant", type=real(0, above=True))
     flag(how, "ema", "decay of the weights' moving average", type=real(0, 1))
     flag(how, "seed", "of weights, order, noise and samples", type=whole(0))
@@ -308,6 +345,9 @@ def check(p, s, typed):
     foreign = {key for model in MODELS.values() for key in model.options} - set(MODELS[s["model"]].options)
     if wrong := sorted(foreign & set(typed)):
         p.error(f"--{wrong[0].replace('_', '-')} means nothing to --model {s['model']}; leave it out")
+    processes = int(os.environ.get("WORLD_SIZE", 1))       # torchrun's
+    if s["batch_size"] % (processes * s["accumulate"]):
+        p.error(f"--batch-size {s['batch_size']}: expected a multiple of {processes} processes x --accumulate {s['accumulate']}; change one of them")
     try:
         with torch.device("meta"):
             model = build_model(s | {"image_size": s["image_size"] or DEFAULTS["image_size"]})
@@ -328,16 +368,16 @@ def parse_metric(text):
 
 def main(argv=None):
     s, a = parse_args(argv)
-    device = edges.open_device(a.device)
+    device = parallel.begin(edges.open_device(a.device))
     folder = (a.out or Path("runs") / f"{s['model']}-{Path(s['data']).stem}").absolute()
     state = reopen(folder, s, a.typed) if a.resume else None
     s = state["settings"] if state else s
     if state and state["step"] >= s["iterations"] and not any(pending(s, folder, state["step"])):
         print(f"{folder} is finished: {state['step']} of {s['iterations']} steps; --iterations N goes on to N")
         return 0
-    if not state:
+    if not state and parallel.rank() == 0:
         refuse_taken(folder)
-    images, metrics, network = load_inputs(s)
+    images, metrics, network = parallel.first(lambda: load_inputs(s))
     run = Run(s | {"image_size": images.pixels.shape[1]}, folder, device, images, metrics, network and network.to(device))
     folder.mkdir(parents=True, exist_ok=True)
     if state:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -448,10 +449,11 @@ def files(tmp_path):
 @pytest.fixture
 def checkpoint(monkeypatch):
     # image i of a seed is a function of both, whatever the batch; the model and the schedule are only handed through
-    monkeypatch.setattr(fid.sample, "load_model", lambda path, device: ("model", "schedule", {"image_size": 8}))
+    model = SimpleNamespace(schedule="schedule")
+    monkeypatch.setattr(fid.sample, "load_model", lambda path, device: (model, model.schedule, {"image_size": 8}))
 
-    def drawn(model, schedule, shape, seed, steps, first=0, watch=None):
-        assert (model, schedule, steps) == ("model", "schedule", 7) and shape[1:] == (3, 8, 8)
+    def drawn(net, schedule, shape, seed, steps, first=0, watch=None):
+        assert (net, schedule, steps) == (model, "schedule", 7) and shape[1:] == (3, 8, 8)
         generators = [torch.Generator().manual_seed(1000 * seed + first + i) for i in range(shape[0])]
         return torch.stack([torch.rand(shape[1:], generator=g) * 2 - 1 for g in generators])
     monkeypatch.setattr(fid.sample, "sample", drawn)

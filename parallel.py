@@ -1,0 +1,73 @@
+r"""Many processes that do what one does: torchrun's ranks share each batch by index.
+
+    torchrun --nproc_per_node=8 -- train.py --model casdm --lpips 0.1 --data cifar10    the paper's 8 GPUs x 16 images
+    torchrun --nproc_per_node=8 -- sample.py CHECKPOINT --n 50000 --out samples.npz
+    torchrun --nproc_per_node=8 -- fid.py CHECKPOINT cifar10 --n 50000
+
+`--` keeps torchrun from taking our --n for one of its own flags.  Every random draw belongs to the global batch or to one image, never to
+a rank, so one process and N give the same result to rounding.  Rank 0 alone writes and prints.  Without torchrun each function here is
+that of a single process and costs nothing.
+"""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def begin(device):
+    """Joins the group, if torchrun started this process; returns the device that is this rank's own."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first(work):
+    """work() by rank 0 before the others, so that a download or a prepared file is made once."""
+    if rank():
+        dist.barrier()
+        return work()
+    result = work()
+    if size() > 1:
+        dist.barrier()
+    return result
+
+
+def add(tensor):
+    """The sum of every rank's `tensor`, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(n, batch_size):
+    """This rank's part of 0 .. n-1 as (first, count), a batch a round; where the last round has none for it, count is 0."""
+    for start in range(rank() * batch_size, rank() * batch_size + n, size() * batch_size):
+        yield min(start, n), max(0, min(batch_size, n - start))
+
+
+def concat(rows):
+    """Every rank's rows [n_r, ...] in the order of ranks -> [sum n_r, ...]; each rank must call it equally often."""
+    if size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    padded = rows.new_zeros((int(max(counts)), *rows.shape[1:]))
+    padded[:len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])

@@ -1,0 +1,114 @@
+"""Many processes do what one does: shares cover everything once, and runs agree to rounding."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import parallel
+import train
+from data import batch_indices, from_pixels, stream
+from losses import training_losses
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--channels", "32", "--res-blocks", "1", "--T", "20", "--batch-size", "8", "--sample-every", "0", "--device", "cpu"]
+
+
+def script(name, *argv, processes=1, cwd=ROOT):
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    return subprocess.Popen([*launch, ROOT / name, *map(str, argv)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def done(*how, **where):
+    p = script(*how, **where)
+    out, err = p.communicate(timeout=240)
+    assert p.returncode == 0, err
+    return out
+
+
+@pytest.mark.parametrize("n, batch, size", [(10, 3, 2), (1, 4, 3), (12, 4, 3), (7, 1, 4), (5, 8, 1)])
+def test_shares_cover_every_image_once_in_equally_many_rounds(n, batch, size, monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    shares = []
+    for r in range(size):
+        monkeypatch.setattr(parallel, "rank", lambda r=r: r)
+        shares.append(list(parallel.share(n, batch)))
+    assert len({len(s) for s in shares}) == 1
+    in_order = [i for turn in zip(*shares) for first, count in turn for i in range(first, first + count)]
+    assert in_order == list(range(n))
+
+
+@pytest.mark.parametrize("parts, size", [(1, 2), (4, 1), (2, 2)])
+def test_parts_of_the_batch_give_the_gradient_of_the_undivided_batch(parts, size, tmp_path, monkeypatch):
+    """In float64: mean over ranks and accumulated parts of the parts' gradients = gradient of the whole batch."""
+    s, _ = train.parse_args([*SMALL, "--accumulate", str(parts)])
+    images, *_ = train.load_inputs(s)
+    run = train.Run(s, tmp_path, torch.device("cpu"), images, {})
+    for p in run.model.double().parameters():
+        p.data.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    draw = stream(0, "test", 0)
+    x0 = from_pixels(images.pixels[batch_indices(len(images.pixels), 8, 0, 0)]).double()
+    t, eps = torch.from_numpy(draw.integers(1, 21, 8)), torch.from_numpy(draw.standard_normal(x0.shape))
+
+    def gradient(slices):
+        run.optimizer.zero_grad()
+        for mine in slices:
+            (training_losses(run.model, x0[mine], t[mine], eps[mine], run.model.schedule)["loss"] / len(slices)).backward()
+        return [p.grad.clone() for p in run.weights]
+
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    slices = []
+    for r in range(size):
+        monkeypatch.setattr(parallel, "rank", lambda r=r: r)
+        slices += list(run.shares())
+    torch.testing.assert_close(gradient(slices), gradient([slice(None)]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_that_does_not_divide_is_a_usage_error(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as end:
+        train.main([*SMALL, "--accumulate", "2"])
+    assert end.value.code == 2 and "multiple of 3 processes x --accumulate 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_sample_and_score_as_one_does(tmp_path):
+    """Losses of ten steps, images and distances; weights only roughly, since Adam makes steps of lr from gradients of rounding's size."""
+    results = []
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        done("train.py", *SMALL, "--model", "dual", "--metric", "ssim=0.1", "--accumulate", 2, "--iterations", 10, "--out", folder, processes=n)
+        row = json.loads((folder / "log.jsonl").read_text())
+        done("sample.py", tmp_path / "1/checkpoint.pt", "--n", 5, "--steps", 4, "--batch-size", 2, "--out", folder / "s.npz", "--device", "cpu", processes=n)
+        score = json.loads(done("fid.py", tmp_path / "1/s.npz", tmp_path / "1/s.npz", "--weights", "random", "--batch-size", 2, "--json", "--device", "cpu",
+                                "--save-stats", folder / "stats.npz", processes=n))
+        assert score["random_feature_distance"] == 0 and score["n_a"] == 5
+        results.append(([row[key] for key in ("eps", "x0", "mu", "ssim", "loss")], np.load(folder / "s.npz")["arr_0"].astype(int), np.load(folder / "stats.npz")["sigma"]))
+    one, two = results
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
+    assert abs(one[1] - two[1]).max() <= 1
+    np.testing.assert_allclose(one[2], two[2], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_rank_that_dies_ends_the_others_and_leaves_a_whole_checkpoint(number, tmp_path):
+    """Killed: the others end within a minute. Asked to stop: all stop after the same step and save."""
+    p = script("train.py", *SMALL, "--iterations", 100_000, "--save-every", 10, "--out", tmp_path / "run", processes=2)
+    end = time.monotonic() + 120
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert time.monotonic() < end and p.poll() is None
+        time.sleep(0.1)
+    worker = int(subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split()[-1])
+    os.kill(worker, number)
+    p.communicate(timeout=60)
+    assert p.returncode != 0
+    state = train.read_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert state["step"] % 10 == 0
