@@ -112,6 +112,34 @@ def run(main, argv=None):
     return 1
 
 
+# ---- signals ----
+
+class Stopped(Exception):
+    """A signal asks for the end of whatever can be left undone."""
+
+
+class Stop:
+    """The first SIGINT or SIGTERM sets `asked`; the second leaves at once: files are written whole or not at all, so nothing is lost."""
+
+    def __init__(self):
+        self.asked = False
+        self.former = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, signum, frame):
+        if self.asked:
+            os._exit(130)
+        self.asked = True
+
+    def check(self, *_):
+        """Raises Stopped, once asked; called between the parts of work that can be left undone."""
+        if self.asked:
+            raise Stopped
+
+    def restore(self):
+        for s, handler in self.former.items():
+            signal.signal(s, handler)
+
+
 # ---- files out ----
 
 @contextmanager

@@ -51,7 +51,8 @@ def x0_loss(pred, x0):
 def mu_loss(pred, x0, x_t, t, schedule):
     """L_mu = || mu~_t - ( r_t [mu_x0']_sg + (1 - r_t) [mu_eps']_sg ) ||^2                  (Cas-DM Eq. 12)   -> [B]
 
-    Both means are detached, so it trains r_t alone.  mu~_t is Cas-DM Eq. 7 at the true x0.
+    Both means are detached, so it trains r_t alone.  mu~_t is Cas-DM Eq. 7 at the true x0.  This is the KL of Cas-DM Eq. 5 in the form of
+    Cas-DM Eq. 6 without its factor, which should read 1 / (2 beta_t) for Sigma = beta_t I, not 1 / (2 beta_t^2).
     """
     mu_x0 = mu_from_x0(x_t, t, pred.x0_hat.detach(), schedule)
     mu_eps = mu_from_eps(x_t, t, pred.eps_hat.detach(), schedule)
@@ -72,19 +73,20 @@ class FeatureDistance(nn.Module):
     LPIPS : features of unit length over the channels, squared differences weighted per channel by `weights`, mean over the
             positions, sum over layers                                                      (LPIPS Eq. 1)
 
-    Computed in float32, whatever the caller's autocast; frozen, and never part of a model, optimiser or checkpoint.
+    Computed in float32, whatever the caller's autocast, or with `bf16` the network alone under bfloat16's; frozen, and never part
+    of a model, optimiser or checkpoint.
     """
 
-    def __init__(self, extractor, size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), weights=()):
+    def __init__(self, extractor, size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), weights=(), bf16=False):
         super().__init__()
-        self.extractor, self.size = extractor, size
+        self.extractor, self.size, self.bf16 = extractor, size, bf16
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.weights = nn.ParameterList(w.float() for w in weights)     # [1, C, 1, 1] a layer, or none
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, x0_hat, x0):
-        with torch.autocast(x0.device.type, enabled=False):
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16):
             with torch.no_grad():
                 target = self.features(x0)
             pairs = list(zip(self.features(x0_hat), target))
@@ -96,7 +98,7 @@ class FeatureDistance(nn.Module):
         """x [B, 3, H, W] in [-1, 1] -> the layers' features, [B, C, H, W] each (Swin's are [B, H, W, C])."""
         x = F.interpolate(x.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
         x = (((x + 1) / 2 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return list(self.extractor(x).values())
+        return [f.float() for f in self.extractor(x).values()]
 
 
 def _lpips_layer(f, g, w):
@@ -105,7 +107,7 @@ def _lpips_layer(f, g, w):
     return ((f - g).square() * w).sum(1).mean((1, 2))
 
 
-def lpips():
+def lpips(bf16=False):
     """LPIPS with VGG-16, as piq computes it, every max-pool replaced by an average pool (Cas-DM Sec. 4.1)."""
     vgg = _skeleton(tv.vgg16)
     vgg.features = nn.Sequential(*(nn.AvgPool2d(2) if isinstance(layer, nn.MaxPool2d) else layer for layer in vgg.features))
@@ -115,7 +117,7 @@ def lpips():
     weights = edges.read_tensors(path, "LPIPS weight file")
     if not isinstance(weights, (list, tuple)) or [getattr(w, "shape", None) for w in weights] != [(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]:
         raise ValueError(f"{path} does not hold LPIPS's five weights [1, C, 1, 1]; expected piq's file; remove it and fetch it again")
-    return FeatureDistance(extractor, weights=weights)
+    return FeatureDistance(extractor, weights=weights, bf16=bf16)
 
 
 # CHOICE: the paper says "features at different layers"; we take the ends of the four stages, torchvision's first weights, and 224 x 224

@@ -59,7 +59,7 @@ def sample(model, schedule, shape, seed, steps=100, eta=0.0, first=0, y=None, wa
 
 
 def p_sample(x_t, t, x0_star, x0_hat, r_t, chain, eta=0.0, z=0):
-    """x_{t-1} = r_t mu_x0'^ddim + (1 - r_t) mu_eps'^ddim + sigma_t z                       (after Cas-DM Eq. 17)
+    """x_{t-1} = r_t mu_x0'^ddim + (1 - r_t) mu_eps'^ddim + sigma_t z: a draw of Cas-DM Eq. 4 with the mean after Cas-DM Eq. 17.
 
     CHOICE: x0* and x0' come clamped to [-1, 1], before the means are formed, and eps' is re-derived from the clamped x0*: with
     r_t = 0 and r_t = 1 that is improved-diffusion's own clipping.  sigma_1 = 0, so the last step adds no noise.

@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from tqdm import tqdm
 import edges
 import fid
 import parallel
+from curves import draw_curves, read_log
 from data import DATASETS, batch_indices, from_pixels, load_images, stream
 from diffusion import SCHEDULES, respace
 from losses import METRICS, training_losses
@@ -168,7 +168,7 @@ class Run:
                 self.draw(stop)
             if evaluation:
                 self.evaluate(stop)
-        except Stopped:
+        except edges.Stopped:
             pass
 
     def log(self):
@@ -230,8 +230,8 @@ class Run:
             draw_curves(read_log(self.folder), self.folder / "curves.png")
 
     def sampling(self, stop):
-        s = self.settings
-        return dict(image_size=s["image_size"], steps=min(GRID_STEPS, s["T"]), seed=s["seed"], batch_size=GRID, watch=stop.check)
+        s, watch = self.settings, stop.check if parallel.size() == 1 else None      # one rank must not leave while the others wait for it
+        return dict(image_size=s["image_size"], steps=min(GRID_STEPS, s["T"]), seed=s["seed"], batch_size=GRID, watch=watch)
 
 
 def due(s, every, step):
@@ -247,32 +247,6 @@ def pending(s, folder, step):
 
 def grid_path(folder, step):
     return folder / f"samples_{step:06d}.png"
-
-
-class Stopped(Exception):
-    """A signal asks for the end of whatever can be left undone."""
-
-
-class Stop:
-    """The first SIGINT or SIGTERM sets `asked`; the second leaves at once: files are written whole or not at all, so nothing is lost."""
-
-    def __init__(self):
-        self.asked = False
-        self.former = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __call__(self, signum, frame):
-        if self.asked:
-            os._exit(130)
-        self.asked = True
-
-    def check(self, *_):
-        """Called between the parts of work that can be left undone; one rank alone must not, or the others would wait for it."""
-        if self.asked and parallel.size() == 1:
-            raise Stopped
-
-    def restore(self):
-        for s, handler in self.former.items():
-            signal.signal(s, handler)
 
 
 # ---- the script ----
@@ -385,7 +359,7 @@ def main(argv=None):
     if network:
         fid.reference(images, network)      # before the first step: it takes minutes, and can fail
     introduce(run)
-    stop = Stop()
+    stop = edges.Stop()
     try:
         if state:
             run.show(stop)
@@ -451,34 +425,6 @@ def conclude(run, finished):
           f"  python sample.py {place}/checkpoint.pt --n 64 --out samples.png\n"
           f"  python sample.py {place}/checkpoint.pt --trace trace.png")
     return 0
-
-
-# ---- the log ----
-
-def read_log(folder):
-    """The rows of log.jsonl; a last line that a killed process left unfinished is no row."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def draw_curves(rows, path):
-    """The losses over the steps, and the scores where the run evaluates, as one picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    losses, scores = ([row for row in rows if ("loss" in row) == wanted] for wanted in (True, False))
-    figure, axes = plt.subplots(1, 2 if scores else 1, figsize=(16 if scores else 8, 4.5), squeeze=False)
-    for axis, kind, label in zip(axes[0], (losses, scores), ("loss, each term times its lambda", "score")):
-        for name in kind[0] if kind else ():
-            if name not in ("step", "images_per_second"):
-                axis.semilogy([row["step"] for row in kind], [row[name] for row in kind], label=name, marker="" if kind is losses else "o")
-        axis.set(xlabel="step", ylabel=label)
-        if kind:
-            axis.legend()
-    with edges.atomic(path) as f:
-        figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

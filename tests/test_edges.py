@@ -169,7 +169,7 @@ def test_a_download_is_kept_only_when_its_digest_is_right(tmp_path):
     url, here = f"file://{tmp_path}/there", tmp_path / "here"
     with pytest.raises(OSError, match="there .*7 MB.* is missing .*by hand, or do without"):
         edges.download(url, 7, "--x", "do without", sha256="0" * 8, folder=here)
-    assert not list(here.iterdir()), "half a file or a wrong one was left"
+    assert not here.exists(), "half a file, a wrong one or an empty folder was left"
     path = edges.download(url, 7, "--x", "do without", sha256=hashlib.sha256(b"weights").hexdigest()[:8], folder=here)
     assert path.read_bytes() == b"weights"
     (tmp_path / "there").unlink()

@@ -1,4 +1,5 @@
 """The loop and its promises: settings, resuming bit for bit, signals, non-finite numbers, full disks."""
+import argparse
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import edges
 import losses
 import train
+from curves import read_log
 from sample import load_model, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +61,7 @@ def same(a, b):
 
 
 def rows(folder):
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in train.read_log(folder)]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_log(folder)]
 
 
 # ---- settings ----
@@ -136,7 +138,7 @@ def test_a_run_leaves_a_checkpoint_a_log_curves_and_samples(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "curves.png", "log.jsonl", "samples_000010.png"]
     said = capsys.readouterr().out
     assert str(tmp_path / "run") in said and "sample.py" in said.splitlines()[-2]
-    row, = train.read_log(tmp_path / "run")
+    row, = read_log(tmp_path / "run")
     assert row["step"] == 10 and row["loss"] == pytest.approx(row["eps"] + row["x0"] + row["mu"]) and row["images_per_second"] > 0
 
 
@@ -205,7 +207,7 @@ def test_evaluations_are_logged_and_the_best_checkpoint_is_kept(images, tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = [*SMALL, "--data", images, "--eval-every", 3, "--eval-samples", 8, "--lr", "0.01", "--iterations", 12]
     assert run(*flags, "--out", tmp_path / "run") == 0
-    scored = [row for row in train.read_log(tmp_path / "run") if "loss" not in row]
+    scored = [row for row in read_log(tmp_path / "run") if "loss" not in row]
     assert [row["step"] for row in scored] == [3, 6, 9, 12] and all({"fid", "sfid", "is"} <= row.keys() for row in scored)
     assert read_checkpoint(tmp_path / "run/best.pt")["step"] == min(scored, key=lambda row: row["fid"])["step"]
     assert len(list((tmp_path / "cache").rglob("*stand-in*"))) == 1
@@ -294,6 +296,17 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(number, images, tmp_path
 
 
 @pytest.mark.slow
+def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(images, tmp_path):
+    p = started(*SMALL, "--data", images, "--iterations", 100_000, "--save-every", 1, "--out", tmp_path / "run")
+    wait_for(tmp_path / "run/checkpoint.pt")
+    p.send_signal(signal.SIGTERM)
+    p.send_signal(signal.SIGINT)
+    p.communicate(timeout=20)
+    assert p.returncode == 130
+    load_model(tmp_path / "run/checkpoint.pt")
+
+
+@pytest.mark.slow
 def test_a_kill_leaves_the_last_checkpoint_and_going_on_loses_nothing(images, tmp_path):
     flags = [*SMALL, "--data", images, "--iterations", 60, "--save-every", 1]
     assert run(*flags, "--out", tmp_path / "one") == 0
@@ -336,7 +349,8 @@ def test_a_non_finite_gradient_of_finite_losses_is_caught(tmp_path):
         p.grad = torch.ones_like(p)
     r.weights[3].grad[0] = float("nan")
     before = [p.detach().clone() for p in r.weights]
-    r.guard({name: torch.tensor(1.0) for name in r.terms})
+    r.note({name: torch.tensor(1.0) for name in r.terms})
+    r.guard(argparse.Namespace(asked=False))
     r.optimizer.step()
     torch.testing.assert_close([p.detach() for p in r.weights], before, rtol=0, atol=0)
     with pytest.raises(ArithmeticError, match="step 1: gradient is not finite"):

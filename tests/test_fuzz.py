@@ -1,0 +1,117 @@
+"""Whatever comes in, the end is success or a documented exit with one line: no traceback, no hang, no changed input."""
+import contextlib
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+import fid
+import sample
+import train
+from refiner import DEFAULTS, build_model
+
+COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
+hundreds = pytest.mark.parametrize("cases", [200, pytest.param(5000, marks=pytest.mark.soak)])
+
+
+def explore(cases, check):
+    """Searches `check`'s arguments: the same cases every time by default, new ones in the thousands of `-m soak`."""
+    settings(COMMON, max_examples=cases, derandomize=cases < 1000)(check)()
+
+
+FLAGS = ["--" + name.replace("_", "-") for name in train.PAPER] + ["--lpips", "--n", "--steps", "--eta", "--trace", "--raw", "--out", "--resume", "--device", "--weights", "--json", "--save-stats"]
+VALUES = st.one_of(st.sampled_from(["0", "1", "-1", "16", "30", "nan", "inf", "1e400", "", " ", "ddpm", "dual", "casdm", "x0", "eps", "fixres", "x0+eps", "cosine", "lpips=0.1", "ssim=nan", "ssim=", "=1",
+                                    "shapes", "cifar10", "cpu", "cuda:-1", "a.png", "a.npz", "a.jpg", "99999999999999999999", "\0", "é", "--", "-"]), st.text(max_size=8))
+
+
+@hundreds
+def test_any_command_line_is_understood_or_a_usage_error_of_one_line(cases):
+    @given(st.sampled_from([train, sample, fid]), st.lists(st.tuples(st.sampled_from(FLAGS), st.none() | VALUES), max_size=6), st.lists(VALUES, max_size=2))
+    def check(script, flags, words):
+        error = io.StringIO()
+        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                script.parse_args([*words, *(token for pair in flags for token in pair if token is not None)])
+            except SystemExit as end:
+                assert end.code in (0, 2)
+                assert end.code == 0 or (error.getvalue().startswith("error: ") and error.getvalue().count("\n") == 1), error.getvalue()
+    explore(cases, check)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "checkpoint.pt"
+    model = build_model(DEFAULTS | dict(model="ddpm", image_size=16, channels=32, res_blocks=1, T=20))
+    sample.write_checkpoint(path, DEFAULTS | dict(model="ddpm", image_size=16, channels=32, res_blocks=1, T=20), step=1, model=model.state_dict(), ema=model.state_dict())
+    return path
+
+
+@hundreds
+def test_any_damage_to_a_checkpoint_is_harmless_or_one_line(cases, checkpoint):
+    """Bytes changed, cut out, or put in, anywhere; what still opens has the very same weights."""
+    whole, path = checkpoint.read_bytes(), checkpoint.with_name("damaged.pt")
+    places = st.integers(0, len(whole) - 1) | st.integers(0, 3000) | st.integers(len(whole) - 9000, len(whole) - 1)
+
+    @given(st.lists(st.tuples(places, st.sampled_from([0, 1, 2, 16, 4096]), st.binary(max_size=32)), min_size=1, max_size=3))
+    def check(damages):
+        raw = bytearray(whole)
+        for at, length, instead in damages:
+            raw[at:at + length] = instead
+        path.write_bytes(raw)
+        with one_line():
+            torch.testing.assert_close(sample.load_model(path)[0].state_dict(), sample.load_model(checkpoint)[0].state_dict(), rtol=0, atol=0)
+        assert path.read_bytes() == raw
+    explore(cases // 4, check)
+
+
+@hundreds
+def test_any_settings_in_a_checkpoint_open_or_are_one_line(cases, checkpoint):
+    state, path = torch.load(checkpoint, weights_only=True), checkpoint.with_name("settings.pt")
+    values = st.none() | st.integers(-5, 64) | st.floats() | st.text(max_size=4) | st.lists(st.integers(), max_size=2)
+
+    @given(st.dictionaries(st.sampled_from([*DEFAULTS, "metric", "other"]), values, max_size=6))
+    def check(changes):
+        torch.save(state | {"settings": state["settings"] | changes}, path)
+        with one_line():
+            sample.load_model(path)
+    explore(cases // 4, check)
+
+
+@hundreds
+def test_any_image_header_is_read_or_refused_by_name(cases, tmp_path):
+    """The first bytes of a picture of each kind, changed at will."""
+    def picture(kind):
+        file = io.BytesIO()
+        Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(file, kind)
+        return file.getvalue()
+    pictures = {kind: picture(kind) for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")}
+
+    @given(st.sampled_from(list(pictures)), st.lists(st.tuples(st.integers(0, 64), st.integers(0, 255)), min_size=1, max_size=4))
+    def check(kind, changes):
+        raw = bytearray(pictures[kind])
+        for at, byte in changes:
+            raw[at % len(raw)] = byte
+        path = tmp_path / f"a.{kind.lower()}"
+        path.write_bytes(raw)
+        with warnings.catch_warnings(), one_line(str(path)):
+            warnings.simplefilter("ignore")
+            image, = data.raw_images(tmp_path)
+            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        assert path.read_bytes() == raw
+        path.unlink()
+    explore(cases, check)
+
+
+@contextlib.contextmanager
+def one_line(name=""):
+    """Success, or an error that the scripts print as one line."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        assert name in str(e) and "\n" not in str(e) and len(str(e)) < 800, e
