@@ -86,7 +86,7 @@ class FeatureDistance(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, x0_hat, x0):
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(x0.device.type, enabled=False):
             with torch.no_grad():
                 target = self.features(x0)
             pairs = list(zip(self.features(x0_hat), target))
@@ -98,13 +98,14 @@ class FeatureDistance(nn.Module):
         """x [B, 3, H, W] in [-1, 1] -> the layers' features, [B, C, H, W] each (Swin's are [B, H, W, C])."""
         x = F.interpolate(x.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
         x = (((x + 1) / 2 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return [f.float() for f in self.extractor(x).values()]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return [f.float() for f in self.extractor(x).values()]
 
 
 def _lpips_layer(f, g, w):
     # normalize keeps the gradient of an all-zero feature finite, where piq's x / (|x| + 1e-10) gives NaN.
     f, g = F.normalize(f, dim=1, eps=1e-10), F.normalize(g, dim=1, eps=1e-10)
-    return ((f - g).square() * w).sum(1).mean((1, 2))
+    return F.conv2d((f - g).square(), w).mean((1, 2, 3))        # the weighted sum in half the time of a product and a sum
 
 
 def lpips(bf16=False):

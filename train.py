@@ -39,8 +39,8 @@ from unet import load_published
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.
 PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
                         ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000, eval_every=0, eval_samples=10_000)
-SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=2000, batch_size=16, lr=1e-3, sample_every=1000, save_every=500)
-FREE = ("iterations", "sample_every", "save_every", "eval_every", "eval_samples", "data_dir")     # settings that --resume may change
+SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=1200, batch_size=16, lr=1e-3, sample_every=600, save_every=600)
+FREE = ("iterations", "accumulate", "sample_every", "save_every", "eval_every", "eval_samples", "data_dir")     # settings that --resume may change
 LOG_EVERY = 10      # steps; a row is the mean over them
 GRID, GRID_STEPS = 64, 100      # images in samples_STEP.png, and their DDIM steps (T where it is smaller)
 
@@ -150,15 +150,17 @@ class Run:
 
     def after_step(self, bar, stop):
         """Whatever is due: the check of `guard`'s findings, a row, a checkpoint, pictures. On a GPU nothing else waits for the device."""
-        row, save, pictures = self.step % LOG_EVERY == 0, due(self.settings, "save_every", self.step), any(pending(self.settings, self.folder, self.step))
-        last = self.step == self.settings["iterations"]
-        if row or save or pictures or last or self.device.type == "cpu":
+        s, row = self.settings, self.step % LOG_EVERY == 0
+        pictures = due(s, "sample_every", self.step) or due(s, "eval_every", self.step)
+        save = pictures or due(s, "save_every", self.step) or self.step == s["iterations"]
+        if row or save or self.device.type == "cpu":
             self.check()
         if row:
             bar.set_postfix(loss=f"{self.log():.4f}")
-        if save or pictures or last:
+        if save:
             self.save()
-        self.show(stop)
+        if pictures:
+            self.show(stop)
 
     def show(self, stop):
         """The grid and the evaluation due at this step, unless the folder has them or a signal asks to stop; --resume makes up for those."""
@@ -305,8 +307,9 @@ def settings_of(p, a):
     if a.metric or a.lpips is not None:
         typed["metric"] = {name: weight for name, weight in [*(a.metric or []), ("lpips", a.lpips or 0)] if weight}
     data = typed.get("data", PAPER["data"])
-    if data not in DATASETS:
-        typed["data"] = str(Path(data).absolute())
+    for key in ("data", "data_dir", "init_eps"):        # a run may be resumed from another folder
+        if key in typed and typed[key] not in DATASETS:
+            typed[key] = str(Path(typed[key]).absolute())
     a.typed = typed
     s = PAPER | (SHAPES if data == "shapes" else {}) | {"image_size": DATASETS[data].image_size if data in DATASETS else None} | typed
     if not a.resume:

@@ -328,6 +328,21 @@ def test_metric_is_float32_whatever_the_autocast_or_the_images_dtype(small_metri
     assert small_metric(x0_hat.double(), x0.double()).dtype == torch.float32
 
 
+def test_bf16_metric_runs_its_network_alone_in_bfloat16(small_metric, monkeypatch):
+    """With `bf16` the features are bfloat16 and their distance float32: 0 for equal images, within 1 % of the exact one for others."""
+    x0_hat, x0 = pictures(2)
+    exact, features = small_metric(x0_hat, x0), []
+    monkeypatch.setattr(small_metric, "bf16", True)
+    hook = small_metric.extractor.register_forward_hook(lambda module, args, out: features.append(list(out.values())))
+    rounded = small_metric(x0_hat, x0)
+    hook.remove()
+    assert {f.dtype for image in features for f in image} == {torch.bfloat16}
+    layers = zip(*([f.float() for f in image] for image in features), small_metric.weights)
+    assert_close(rounded, sum(losses._lpips_layer(f, g, w) for f, g, w in layers), rtol=1e-6, atol=0)
+    assert_close(rounded, exact, rtol=0.01, atol=0)
+    assert not small_metric(x0, x0).any() and not torch.equal(rounded, exact)
+
+
 def test_lpips_has_average_pools_alone(vgg_metric):
     """All five max-pools of VGG-16 are replaced (Cas-DM Sec. 4.1); the last, after relu5_3, is not needed for any feature."""
     kinds = [type(m) for m in vgg_metric.modules()]

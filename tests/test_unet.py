@@ -80,6 +80,15 @@ def test_output_is_exactly_zero_at_initialisation(how):
     assert not small(out_channels=7, **how).double()(x, t, y).any()
 
 
+def test_every_block_starts_as_its_skip_path():
+    """At initialisation a residual block is its skip connection and an attention the identity: both end in a convolution of zeros."""
+    torch.manual_seed(0)
+    x, emb = torch.randn(2, 32, 4, 4), torch.randn(2, 8)
+    assert torch.equal(ResBlock(32, 32, emb=8, dropout=0.0)(x, emb), x) and torch.equal(Attention(32, heads=4)(x), x)
+    wider = ResBlock(32, 64, emb=8, dropout=0.0)
+    assert torch.equal(wider(x, emb), wider.skip(x))
+
+
 @pytest.mark.parametrize("size, channels", [(16, 1), (32, 2)])
 def test_output_has_the_inputs_size_and_dtype(size, channels):
     """[B, in, S, S] float32 or float64 -> [B, out, S, S] in the same, and in x's dtype under bfloat16 autocast too."""
