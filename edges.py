@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,6 +93,7 @@ def open_device(name):
 def run(main, argv=None):
     """Calls main(argv) and turns its end into an exit code; SIGTERM ends it as Ctrl-C does. A bug of ours keeps its traceback."""
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         return main(argv) or 0
     except KeyboardInterrupt:

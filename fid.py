@@ -479,5 +479,4 @@ def convention(features, network):
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     sys.exit(edges.run(main))

@@ -126,14 +126,13 @@ class Steps(train.Run):
     def __init__(self, device, folder, metrics={}, **settings):
         n = batch(device)
         pixels = np.random.default_rng(0).integers(0, 256, (4 * n, SIZE, SIZE, 3), np.uint8)
-        never = dict(iterations=10 ** 9, sample_every=0, save_every=0)
-        super().__init__(train.PAPER | never | dict(image_size=SIZE, batch_size=n) | settings, folder, device, Images(pixels, None, "noise", "0"), metrics)
+        fixed = dict(image_size=SIZE, batch_size=n, iterations=10 ** 9, sample_every=0, save_every=0)
+        super().__init__(train.PAPER | fixed | settings, folder, device, Images(pixels, None, "noise", "0"), metrics)
         randomised(self.model)
 
     def __call__(self):
-        self.stop = SimpleNamespace(asked=False)
         with contextlib.redirect_stderr(io.StringIO()):
-            train.train(self, self.stop)
+            train.train(self, SimpleNamespace(asked=False))
 
     def after_step(self, bar, stop):
         super().after_step(bar, stop)
@@ -331,8 +330,8 @@ def start_cifar10(device, folder):
 def inception(device, folder, dtype=torch.float32, target=">= 1.4 x", tolerance=1e-4):
     """Inception features of images; torchvision's blocks with their batch norms"""
     torch.manual_seed(0)
-    plain = blocks.Inception3(num_classes=1008, aux_logits=False, init_weights=False,
-                              inception_blocks=[blocks.BasicConv2d, fid.InceptionA, blocks.InceptionB, fid.InceptionC, blocks.InceptionD, fid.InceptionE, None])
+    kinds = [blocks.BasicConv2d, fid.InceptionA, blocks.InceptionB, fid.InceptionC, blocks.InceptionD, fid.InceptionE, None]
+    plain = blocks.Inception3(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=kinds)
     plain.Mixed_7c.pool = F.max_pool2d
     for m in plain.modules():
         if isinstance(m, nn.Conv2d):
@@ -506,8 +505,8 @@ def line(name, row, repeats, device):
     met = (ratio >= float(bound)) if sign == ">=" else (ratio <= float(bound))
     met &= differ is None or differ <= row.tolerance
     met &= not (share and row.peak[2]) or share >= float(row.peak[2].split()[1])
-    cells = [f"{work:.3f} {row.unit}", f"{reference:.3f} {row.unit}" if reference else "", f"{ratio:.3f}", row.target, f"{share:.2f} {row.peak[2]}" if share else "",
-             f"{differ:.0e} <= {row.tolerance:.0e}" if differ is not None else "", "met" if met else "MISSED"]
+    cells = [f"{work:.3f} {row.unit}", f"{reference:.3f} {row.unit}" if reference else "", f"{ratio:.3f}", row.target,
+             f"{share:.2f} {row.peak[2]}" if share else "", f"{differ:.0e} <= {row.tolerance:.0e}" if differ is not None else "", "met" if met else "MISSED"]
     print(format_row(name, *cells), flush=True)
 
 
