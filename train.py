@@ -208,7 +208,7 @@ class Run:
             print(f"note: {self.images.name} has changed since this run began", file=sys.stderr)
         self.begun = self.clock = (self.step, time.monotonic())
         rows = [row for row in read_log(self.folder) if row["step"] <= self.step]
-        if rows and parallel.rank() == 0:
+        if (self.folder / "log.jsonl").exists() and parallel.rank() == 0:
             with edges.atomic(self.folder / "log.jsonl") as f:
                 f.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
