@@ -269,10 +269,11 @@ def test_another_run_is_never_written_over(tmp_path, capsys):
     assert "holds a run" in capsys.readouterr().err and (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
-def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(images, tmp_path):
+@pytest.mark.parametrize("saved", [10, 5])
+def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(saved, images, tmp_path):
     common = [*SMALL, "--data", images]
     assert run(*common, "--iterations", 20, "--out", tmp_path / "one") == 0
-    assert run(*common, "--iterations", 10, "--out", tmp_path / "two") == 0
+    assert run(*common, "--iterations", saved, "--out", tmp_path / "two") == 0
     with open(tmp_path / "two/log.jsonl", "a") as f:
         f.write('{"step": 20, "eps": 0.1, "loss": 0.1}\n{"step": 30, "ep')      # a row beyond the checkpoint, and half a row
     assert run("--resume", "--iterations", 20, "--out", tmp_path / "two", "--device", "cpu") == 0
