@@ -422,6 +422,7 @@ def _cached(path, size, labelled):
 
 
 def cache_folder():
+    """Where prepared images and statistics are kept, made if need be: $XDG_CACHE_HOME/cas-dm or ~/.cache/cas-dm. OSError, one line, where it cannot be."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cas-dm"
     try:
         folder.mkdir(parents=True, exist_ok=True)

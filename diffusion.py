@@ -89,7 +89,7 @@ def at_step(coef, t, like):
 # ---- forward process, and its inverses ----
 
 def q_sample(x0, t, eps, schedule):
-    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps                       (Cas-DM Eq. 3: a draw of Eq. 2)"""
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps                       (Cas-DM Eq. 3: a draw of Cas-DM Eq. 2)"""
     abar = schedule.alpha_bar
     return at_step(abar.sqrt(), t, x0) * x0 + at_step((1 - abar).sqrt(), t, x0) * eps
 
@@ -128,7 +128,7 @@ def mu_from_eps(x_t, t, eps, schedule):
 
 
 def mix(mu_x0, mu_eps, r_t):
-    """mu = r_t mu_x0 + (1 - r_t) mu_eps                                  (Cas-DM Eq. 11, and the line after Eq. 17)
+    """mu = r_t mu_x0 + (1 - r_t) mu_eps                                  (Cas-DM Eq. 11, and the line after Cas-DM Eq. 17)
 
     r_t : [B, 1, H, W]   0..1, shared by the channels
     Every mean here is affine in x0, so mixing means is mixing clean images: mu(r_t x0' + (1 - r_t) x0*).

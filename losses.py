@@ -3,9 +3,9 @@ r"""The losses: Eqs. 12-15 of the paper, and the image metrics that serve as one
     Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
     LPIPS    arXiv:1801.03924v2   The Unreasonable Effectiveness of Deep Features as a Perceptual Metric
 
-    Eq. 12      `eps_loss`, `x0_loss`, `mu_loss`         mean over C, H, W -> [B]
-    Eq. 13      `FeatureDistance` with LPIPS's backbone   and beyond it the backbones of the paper's Table 3, SSIM and HaarPSI
-    Eqs. 14-15  `training_losses`                        which network each term trains is decided in refiner.CasDM.forward
+    Cas-DM Eq. 12       `eps_loss`, `x0_loss`, `mu_loss`         mean over C, H, W -> [B]
+    Cas-DM Eq. 13       `FeatureDistance` with LPIPS's backbone   and beyond it the backbones of the paper's Table 3, SSIM and HaarPSI
+    Cas-DM Eqs. 14, 15  `training_losses`                        which network each term trains is decided in refiner.CasDM.forward
 
 A metric is a callable (x0_hat, x0) -> [B], both [B, 3, H, W] in [-1, 1], 0 for equal images.  Only x0_hat receives a gradient.
 CHOICE: ||.||^2 is a mean, as in improved-diffusion and Dual's official code; lambda_lpips = 0.1 only makes sense against means.

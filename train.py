@@ -174,6 +174,7 @@ class Run:
             pass
 
     def log(self):
+        """One row: the mean of every term since the row before. Returns that of their sum."""
         steps, seconds = self.step - self.clock[0], time.monotonic() - self.clock[1]
         row = {"step": self.step} | dict(zip(self.terms, (self.sums / LOG_EVERY).tolist()))
         self.write(row | {"images_per_second": round(steps * self.settings["batch_size"] / seconds, 2)})
@@ -188,6 +189,7 @@ class Run:
             f.write(json.dumps(row) + "\n")
 
     def save(self, name="checkpoint.pt"):
+        """Writes all that `load` needs; never a state with a non-finite step in it."""
         self.check()
         self.saved = self.step
         if parallel.rank() == 0:
@@ -413,6 +415,7 @@ def load_inputs(s):
 
 
 def introduce(run):
+    """The first lines: every setting, the sizes, and where the run is written."""
     s = run.settings
     print(", ".join(f"{key} {value}" for key, value in s.items() if value not in (None, {}, False)))
     print(f"{sum(p.numel() for p in run.weights):,} parameters on {run.device}; {len(run.images.pixels):,} images of {run.images.name}; step {run.step} of {s['iterations']}")
@@ -420,6 +423,7 @@ def introduce(run):
 
 
 def conclude(run, finished):
+    """The last lines: what to do next. Returns the exit code."""
     place = os.path.relpath(run.folder)
     if not finished:
         print(f"stopped at step {run.step}, which is saved; to go on: python train.py --resume --out {place}")

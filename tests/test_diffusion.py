@@ -363,7 +363,7 @@ def test_eq16_17_last_step_is_the_clean_image_itself(chain, eta):
 @pytest.mark.parametrize("name", ["cosine4000-ddim100", "cosine4000-ddim10", "linear1000-ddim25"])
 @pytest.mark.parametrize("formula", ["Eq. 16", "Eq. 17"])
 def test_eq16_17_whole_chain_with_the_truth_returns_x0(name, formula):
-    """From x_T down to x_0, fed the true x0 or the true eps at every step, eta = 0 arrives at x0 (Cas-DM Eqs. 16, 17)."""
+    """From x_T all the way down, fed the true x0 or the true eps at every step, eta = 0 arrives at x0 (Cas-DM Eqs. 16, 17)."""
     chain = CHAINS[name]
     x0, eps = torch.rand(2, 2, 3, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
     T = len(chain.beta) - 1

@@ -84,13 +84,13 @@ def test_eq16_17_step_is_one_ddim_step_at_the_mixed_clean_image(steps, eta):
 
 
 def test_last_step_is_the_mixed_clean_image_and_adds_no_noise():
-    """At t = 1, x_0 = r x0' + (1 - r) x0*, for any eta and z (Cas-DM Eqs. 16, 17 at abar_0 = 1)."""
+    """At t = 1 the step ends at r x0' + (1 - r) x0*, for any eta and z (Cas-DM Eqs. 16, 17 at abar_0 = 1)."""
     chain, generator = respace(SCHEDULE, 100), torch.Generator().manual_seed(0)
     x_t, x0_star, x0_hat = torch.rand(3, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
     r_t, t = torch.rand(4, 1, 2, 2, generator=generator, dtype=torch.float64), torch.ones(4, dtype=torch.int64)
     for eta in (0.0, 0.5, 1.0):
-        x_0 = p_sample(x_t, t, x0_star, x0_hat, r_t, chain, eta, z=torch.full_like(x_t, 1e6))
-        assert_close(x_0, r_t * x0_hat + (1 - r_t) * x0_star, rtol=1e-9, atol=1e-9)
+        end = p_sample(x_t, t, x0_star, x0_hat, r_t, chain, eta, z=torch.full_like(x_t, 1e6))
+        assert_close(end, r_t * x0_hat + (1 - r_t) * x0_star, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", [cosine_schedule(1000), linear_schedule(1000)], ids=["cosine", "linear"])
