@@ -385,7 +385,7 @@ def in_new_process(function, *arguments):
 
 ROWS = {"step": step, "step-bf16": step_bf16, "cascade": cascade, "lpips": lpips, "lpips-bf16": lpips_bf16, "casdm-lpips": casdm_lpips,
         "casdm-lpips-bf16": casdm_lpips_bf16, "optimiser": optimiser, "ddim": ddim, "input": input_, "inception": inception,
-        "inception-bf16": inception_bf16, "frechet": frechet, "memory": memory, "start": start, "start-cifar10": start_cifar10}
+        "inception-bf16": inception_bf16, "fid": frechet, "memory": memory, "start": start, "start-cifar10": start_cifar10}
 
 
 # ---- absolute numbers, on a GPU ----
