@@ -428,7 +428,7 @@ def conclude(run, finished):
     if not finished:
         print(f"stopped at step {run.step}, which is saved; to go on: python train.py --resume --out {place}")
         return 130
-    print(f"{run.step} steps done; {run.folder} holds checkpoint.pt, log.jsonl, curves.png and samples_{run.step:06d}.png\nnext:\n"
+    print(f"{run.step} steps done; {run.folder} holds {', '.join(sorted(path.name for path in run.folder.iterdir()))}\nnext:\n"
           f"  python sample.py {place}/checkpoint.pt --n 64 --out samples.png\n"
           f"  python sample.py {place}/checkpoint.pt --trace trace.png")
     return 0
