@@ -395,6 +395,7 @@ def sampled(model, n, image_size, steps, seed, batch_size, watch=None):
 # ---- the script ----
 
 def parse_args(argv):
+    """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
     p = edges.Parser(__doc__)
     p.add_argument("A", help="what is scored")
     p.add_argument("B", nargs="?", help="the reference; may be left out with --save-stats")

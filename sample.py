@@ -164,6 +164,7 @@ def save_trace(steps, path):
 # ---- the script ----
 
 def parse_args(argv):
+    """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
     p = edges.Parser(__doc__)
     p.add_argument("checkpoint", type=Path)
     what = p.add_argument_group("what")

@@ -1,6 +1,6 @@
 r"""How fast the code is, against plain references and against the hardware, all measured in one run.
 
-    python tests/benchmark.py                       every row, tens of minutes on two CPU cores
+    python tests/benchmark.py                       every row
     python tests/benchmark.py step lpips            some of them
     python tests/benchmark.py gpu                   on a GPU: one training step in absolute numbers
 
