@@ -41,6 +41,7 @@ class Prediction(NamedTuple):
     eps_hat: torch.Tensor       # [B, C, H, W]   noise
     x0_hat: torch.Tensor        # [B, C, H, W]   clean image, not clamped
     r_t: torch.Tensor           # [B, 1, H, W]   weight of x0_hat in the mixed mean, 0..1
+    v: torch.Tensor | None = None       # [B, C, H, W]   -1..1, where log sigma_t^2 lies between log beta~_t and log beta_t; None: not learned
 
 
 # ---- schedules ----

@@ -11,6 +11,7 @@ Everything that comes in is checked here once, and everything that goes out is w
 What is inside a checkpoint is `sample.py`'s business, what is inside an image `data.py`'s.
 """
 import argparse
+import ctypes
 import errno
 import math
 import os
@@ -112,6 +113,17 @@ def run(main, argv=None):
             dist.destroy_process_group()
         signal.signal(signal.SIGTERM, former)
     return 1
+
+
+def keep_memory():
+    """Has glibc keep what is freed for the next step instead of handing it back page by page: 3 % of a large step on a CPU.
+
+    Elsewhere than on glibc it does nothing.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)         # M_MMAP_MAX: no block is mapped by itself
+        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: the heap's end is never given back
 
 
 # ---- signals ----

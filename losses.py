@@ -2,9 +2,13 @@ r"""The losses: Eqs. 12-15 of the paper, and the image metrics that serve as one
 
     Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
     LPIPS    arXiv:1801.03924v2   The Unreasonable Effectiveness of Deep Features as a Perceptual Metric
+    IDDPM    arXiv:2102.09672v1   Improved Denoising Diffusion Probabilistic Models
+    SP       arXiv:2401.00110     Diffusion Model with Perceptual Loss
 
     Cas-DM Eq. 12       `eps_loss`, `x0_loss`, `mu_loss`         mean over C, H, W -> [B]
     Cas-DM Eq. 13       `FeatureDistance` with LPIPS's backbone   and beyond it the backbones of the paper's Table 3, SSIM and HaarPSI
+    IDDPM Eqs. 4, 16    `vlb_loss`, `sigma_loss`                 the bound itself is variance.py's
+    SP                  `SelfPerceptual`                         a frozen diffusion model as the metric
     Cas-DM Eqs. 14, 15  `training_losses`                        which network each term trains is decided in refiner.CasDM.forward
 
 A metric is a callable (x0_hat, x0) -> [B], both [B, 3, H, W] in [-1, 1], 0 for equal images.  Only x0_hat receives a gradient.
@@ -18,23 +22,32 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import edges
-from diffusion import mix, mu_from_eps, mu_from_x0, q_sample
+from diffusion import eps_from_x0, mix, mu_from_eps, mu_from_x0, q_sample
+from variance import bound, log_variance
 
 
-def training_losses(model, x0, t, eps, schedule, metrics=None, y=None, bf16=False):
+def training_losses(model, x0, t, eps, schedule, metrics=None, y=None, bf16=False, t_weight=1, t_other=None, watch=None):
     """One training step's losses: L_theta + L_phi, in one sum because they share no parameter in Cas-DM  (Cas-DM Eqs. 14, 15).
 
     x0, eps : [B, C, H, W]   x0 in [-1, 1]          t : [B] int64, 1..T          y : [B] int64 or None
     metrics : {name: (lambda, callable)}            bf16 : the networks under autocast; losses and metrics stay in float32
+    t_weight : [B], where t was not drawn uniformly (variance.py)       t_other : [B] int64, 1..T, t' of a self-perceptual metric
+    watch   : called with the model's own terms, {term: [B]}
     returns : {term: scalar}, each times its lambda (1 for eps, x0 and mu), and their sum under "loss"
     """
     x_t = q_sample(x0, t, eps, schedule)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
         pred = model(x_t, t, y)
-    terms = {"eps": lambda: eps_loss(pred, eps), "x0": lambda: x0_loss(pred, x0), "mu": lambda: mu_loss(pred, x0, x_t, t, schedule)}
-    losses = {name: terms[name]().mean() for name in model.loss_terms}
+    terms = {"eps": lambda: eps_loss(pred, eps), "x0": lambda: x0_loss(pred, x0), "mu": lambda: mu_loss(pred, x0, x_t, t, schedule),
+             "sigma": lambda: sigma_loss(pred, x0, x_t, t, schedule), "vlb": lambda: vlb_loss(pred, x0, x_t, t, schedule),
+             "label": lambda: F.cross_entropy(pred, y, reduction="none")}
+    each = {name: terms[name]() for name in model.loss_terms}
+    losses = {name: (values * t_weight).mean() for name, values in each.items()}
     for name, (weight, metric) in (metrics or {}).items():
-        losses[name] = weight * metric(pred.x0_hat, x0).mean()
+        noised = (x_t, t, t_other, y) if isinstance(metric, SelfPerceptual) else ()
+        losses[name] = weight * metric(pred.x0_hat, x0, *noised).mean()
+    if watch:
+        watch(each)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -57,6 +70,17 @@ def mu_loss(pred, x0, x_t, t, schedule):
     mu_x0 = mu_from_x0(x_t, t, pred.x0_hat.detach(), schedule)
     mu_eps = mu_from_eps(x_t, t, pred.eps_hat.detach(), schedule)
     return _square(mu_from_x0(x_t, t, x0, schedule) - mix(mu_x0, mu_eps, pred.r_t))
+
+
+def vlb_loss(pred, x0, x_t, t, schedule):
+    """L_vlb = L_0 + ... + L_{T-1}, T times the term of t, in bits a dimension                (IDDPM Eq. 4)             -> [B]"""
+    mu = mu_from_eps(x_t, t, pred.eps_hat, schedule)
+    return (len(schedule.beta) - 1) * bound(x0, x_t, t, mu, log_variance(t, schedule, "learned", x_t, pred.v), schedule)
+
+
+def sigma_loss(pred, x0, x_t, t, schedule):
+    """What L_hybrid = L_simple + 0.001 L_vlb adds to L_simple; the mean is detached, so it trains v alone    (IDDPM Eq. 16)    -> [B]"""
+    return 0.001 * vlb_loss(pred._replace(eps_hat=pred.eps_hat.detach()), x0, x_t, t, schedule)
 
 
 def _square(x):
@@ -106,6 +130,30 @@ def _lpips_layer(f, g, w):
     # normalize keeps the gradient of an all-zero feature finite, where piq's x / (|x| + 1e-10) gives NaN.
     f, g = F.normalize(f, dim=1, eps=1e-10), F.normalize(g, dim=1, eps=1e-10)
     return F.conv2d((f - g).square(), w).mean((1, 2, 3))        # the weighted sum in half the time of a product and a sum
+
+
+class SelfPerceptual(nn.Module):
+    """Distance of the middle features that a frozen diffusion model has of the image, noised again to t'                 (SP)
+
+    L_sp = || f(x^_t', t') - f(x_t', t') ||^2,  x_t' from (x0, eps) and x^_t' from (x0', eps of x_t and x0'), mean over C, h, w     -> [B]
+
+    so that it is 0 for x0' = x0 and at t' = t.  The frozen model is ours, trained with mean squared error; its theta gives f.
+    CHOICE: eps^ is the noise that x_t holds if x0' is right: DDPM's own eps', and in Cas-DM a function of phi alone.
+    """
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.frozen = frozen.eval().requires_grad_(False)
+
+    def forward(self, x0_hat, x0, x_t, t, t_other, y=None):
+        with torch.no_grad():
+            target = self.features(x0, x_t, t, t_other, y)
+        return _square(self.features(x0_hat, x_t, t, t_other, y) - target)
+
+    def features(self, x0, x_t, t, t_other, y):
+        eps = eps_from_x0(x_t, t, x0, self.frozen.schedule)
+        x = q_sample(x0, t_other, eps, self.frozen.schedule)
+        return getattr(self.frozen, self.frozen.theta).encode(x, self.frozen.time(t_other, x), y if self.frozen.num_classes else None)[0]
 
 
 def lpips(bf16=False):

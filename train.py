@@ -7,6 +7,7 @@ r"""Trains Cas-DM, Dual Diffusion or DDPM; the loop of the paper's Sec. 4.1 is `
     python train.py --model ddpm --predict x0 --metric squeezenet=0.1 --data images.npz --iterations 20000
     torchrun --nproc_per_node=8 -- train.py --data cifar10              on 8 devices, 16 of the 128 images each
     python train.py --resume --out runs/casdm-cifar10                   goes on where it stopped, bit for bit on a CPU
+    python train.py --model classifier                                  the noisy-image classifier of guidance.py
 
 A run's folder holds checkpoint.pt (the last), log.jsonl (a row every 10 steps), curves.png and samples_STEP.png (from the EMA); with
 --eval-every also FID, sFID and IS in the log, and best.pt, since the paper reports the best of its evaluated checkpoints.
@@ -21,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -31,13 +33,14 @@ import parallel
 from curves import draw_curves, read_log
 from data import DATASETS, batch_indices, from_pixels, load_images, stream
 from diffusion import SCHEDULES, respace
-from losses import METRICS, training_losses
-from refiner import DEFAULTS, MODELS, REFINER_INPUTS, REFINERS, build_model
-from sample import read_checkpoint, save_grid, write_checkpoint
+from losses import METRICS, SelfPerceptual, training_losses
+from refiner import DEFAULTS, MODELS, OBJECTIVES, REFINER_INPUTS, REFINERS, Classifier, build_model
+from sample import load_model, read_checkpoint, save_grid, write_checkpoint
 from unet import load_published
+from variance import ImportanceSampler
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.
-PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
+PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, class_cond=False, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
                         ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000, eval_every=0, eval_samples=10_000)
 SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=1200, batch_size=16, lr=1e-3, sample_every=600, save_every=600)
 FREE = ("iterations", "accumulate", "sample_every", "save_every", "eval_every", "eval_samples", "data_dir")     # settings that --resume may change
@@ -56,11 +59,13 @@ def train(run, stop):
             t = draw.integers(1, T + 1, s["batch_size"])
             eps = draw.standard_normal((s["batch_size"], 3, *pixels.shape[1:3]), dtype="float32")
             torch.manual_seed(int(draw.integers(2 ** 31)) + parallel.rank())      # dropout's
+            drawn = dict(t=t, eps=eps) | run.extras(draw, image)
 
             run.optimizer.zero_grad()
             for mine in run.shares():
                 x0 = from_pixels(run.put(pixels[image[mine]]))
-                losses = training_losses(run.net, x0, run.put(t[mine]), run.put(eps[mine]), schedule, run.metrics, bf16=bf16)
+                losses = training_losses(run.net, x0, **{name: run.put(value[mine]) for name, value in drawn.items()}, schedule=schedule,
+                                         metrics=run.metrics, bf16=bf16, watch=run.watch(mine))
                 (losses["loss"] / s["accumulate"]).backward()
                 run.note(losses)
             run.guard(stop)
@@ -81,11 +86,15 @@ class Run:
     def __init__(self, settings, folder, device, images, metrics, network=None):
         self.settings, self.folder, self.device, self.images = settings, folder, device, images
         self.network = network      # FID's
+        if device.type == "cpu":
+            edges.keep_memory()
         self.metrics = {name: (weight, m.to(device) if isinstance(m, torch.nn.Module) else m) for name, (weight, m) in metrics.items()}
         torch.manual_seed(int(stream(settings["seed"], "weights", 0).integers(2 ** 31)))
         self.model = build_model(settings).to(device)
         if settings["init_eps"]:
             load_published(self.model.eps_net, edges.read_tensors(settings["init_eps"], "improved-diffusion checkpoint"), settings["init_eps"])
+        if not self.model.loss_terms:       # the self-perceptual objective alone: a second stage of the model that judges it (SP)
+            start_from(self.model, metrics["self-perceptual"][1].frozen)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if settings["compile"]:
             self.model.compile()
@@ -95,6 +104,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings["lr"], weight_decay=0.0, fused=True)
         self.terms = [*self.model.loss_terms, *self.metrics, "loss"]
         self.step, self.saved = 0, None
+        self.importance = ImportanceSampler(settings["T"]) if "vlb" in self.model.loss_terms else None
         # Findings stay on the device, so that no step waits for it: the losses of this step and their sums since the log's last row,
         # which of them (and the gradient) were finite so far, how many steps were applied in this process, how often a stop was asked for.
         self.values, self.sums = torch.zeros(2, len(self.terms), device=device)
@@ -107,6 +117,22 @@ class Run:
         """A numpy array on the device, without waiting for it."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
+    def extras(self, draw, image):
+        """What some flags need beside t and eps, for the global batch: labels, t' of a self-perceptual metric, importance-sampled t."""
+        s, n, found = self.settings, len(image), {}
+        if s["num_classes"]:
+            found["y"] = np.where(draw.random(n) < s["label_dropout"], s["num_classes"], self.images.labels[image])
+        if s["self_perceptual"]:
+            found["t_other"] = draw.integers(1, s["T"] + 1, n)
+        if self.importance:
+            found["t"], found["t_weight"] = self.importance.draw(draw, n)
+            self.seen = found["t"], torch.zeros(n, device=self.device)
+        return found
+
+    def watch(self, mine):
+        """Keeps each image's term of the bound for the importance sampler."""
+        return (lambda each: self.seen[1][mine].copy_(each["vlb"].detach())) if self.importance else None
 
     def shares(self):
         """This rank's slices of the global batch, one an accumulated part; the gradient is exchanged in the last of them."""
@@ -151,6 +177,8 @@ class Run:
     def after_step(self, bar, stop):
         """Whatever is due: the check of `guard`'s findings, a row, a checkpoint, pictures. On a GPU nothing else waits for the device."""
         s, row = self.settings, self.step % LOG_EVERY == 0
+        if self.importance:     # on the CPU, where the next t is drawn
+            self.importance.note(self.seen[0], parallel.add(self.seen[1]).cpu().numpy())
         pictures = due(s, "sample_every", self.step) or due(s, "eval_every", self.step)
         save = pictures or due(s, "save_every", self.step) or self.step == s["iterations"]
         if row or save or self.device.type == "cpu":
@@ -194,7 +222,8 @@ class Run:
         self.saved = self.step
         if parallel.rank() == 0:
             write_checkpoint(self.folder / name, self.settings, step=self.step, model=self.model.state_dict(), ema=self.ema.state_dict(),
-                             optimizer=self.optimizer.state_dict(), sums=self.sums, data=self.images.fingerprint)
+                             optimizer=self.optimizer.state_dict(), sums=self.sums, data=self.images.fingerprint,
+                             **({"importance": self.importance.state_dict()} if self.importance else {}))
 
     def load(self, state):
         """Goes back to a checkpoint's step; rows that the log has beyond it are cut off."""
@@ -203,6 +232,8 @@ class Run:
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.sums.copy_(state["sums"])
+            if self.importance:
+                self.importance.load_state_dict(state["importance"])
             self.step = self.saved = state["step"]
         except Exception as e:      # tensors of any wrong kind
             raise ValueError(f"{self.folder / 'checkpoint.pt'} does not fit its settings ({' '.join(str(e).split())[:160]}); expected what train.py wrote") from None
@@ -220,7 +251,7 @@ class Run:
         pixels = torch.cat([parallel.concat(batch) for batch in images]).permute(0, 2, 3, 1).cpu()
         if parallel.rank() == 0:
             draw_curves(read_log(self.folder), self.folder / "curves.png")
-            save_grid(pixels, grid_path(self.folder, self.step))
+            save_grid(pixels, grid_path(self.folder, self.step), self.model.num_classes)
 
     def evaluate(self, stop):
         """FID, sFID and IS of samples from the EMA against the training images; best.pt is the checkpoint with the least FID so far."""
@@ -253,6 +284,15 @@ def grid_path(folder, step):
     return folder / f"samples_{step:06d}.png"
 
 
+def start_from(model, other):
+    """Copies the weights of another model of ours. ValueError where they do not fit."""
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError as e:
+        raise ValueError(f"--self-perceptual: its model differs from the one to be trained ({' '.join(str(e).split())[:160]}); expected "
+                         "a DDPM trained with the same settings; give those settings") from None
+
+
 # ---- the script ----
 
 def parse_args(argv):
@@ -273,6 +313,11 @@ def parse_args(argv):
     flag(what, "init-eps", "start Cas-DM's theta from an improved-diffusion checkpoint", metavar="FILE")
     flag(what, "lpips", "lambda of LPIPS; the same as --metric lpips=W; the paper's is 0.1", type=real(0), metavar="W")
     flag(what, "metric", f"a metric on x0' and its lambda: {', '.join(METRICS)}; may be repeated", type=parse_metric, action="append", metavar="NAME=W")
+    flag(what, "self-perceptual", "a frozen model of ours as a metric, or as DDPM's whole objective, and its lambda", type=parse_perceptual, metavar="CKPT=W")
+    flag(what, "learn-sigma", "DDPM learns the variance of the step back too", action="store_true", default=None)
+    flag(what, "objective", "of DDPM's eps mode; hybrid with --learn-sigma", choices=OBJECTIVES)
+    flag(what, "class-cond", "condition on the labels that the data bring", action="store_true", default=None)
+    flag(what, "label-dropout", "share of images trained without their label, for classifier-free guidance", type=real(0, 1), metavar="P")
     flag(what, "data", f"{', '.join(DATASETS)}, a folder of images, or an images .npz", metavar="NAME|PATH")
     flag(what, "data-dir", "where a named set lies, or is downloaded to", metavar="DIR")
     flag(what, "skip-bad", "leave out images that cannot be read, and count them", action="store_true", default=None)
@@ -313,7 +358,8 @@ def settings_of(p, a):
         if key in typed and typed[key] not in DATASETS:
             typed[key] = str(Path(typed[key]).absolute())
     a.typed = typed
-    s = PAPER | (SHAPES if data == "shapes" else {}) | {"image_size": DATASETS[data].image_size if data in DATASETS else None} | typed
+    implied = {"sample_every": 0} if MODELS[a.model or PAPER["model"]] is Classifier else {"objective": "hybrid"} if a.learn_sigma else {}
+    s = PAPER | (SHAPES if data == "shapes" else {}) | {"image_size": DATASETS[data].image_size if data in DATASETS else None} | implied | typed
     if not a.resume:
         check(p, s, typed)
     return s
@@ -330,12 +376,23 @@ def check(p, s, typed):
     try:
         with torch.device("meta"):
             model = build_model(s | {"image_size": s["image_size"] or DEFAULTS["image_size"]})
+        schedule = SCHEDULES[s["schedule"]](s["T"])
+        if schedule.beta.max() >= 1:
+            raise ValueError(f"--schedule {s['schedule']} with --T {s['T']} reaches beta = 1; expected a smaller one; use more steps or the cosine schedule")
         if s["sample_every"]:
-            respace(SCHEDULES[s["schedule"]](s["T"]), min(GRID_STEPS, s["T"]))
+            respace(schedule, min(GRID_STEPS, s["T"]))
     except ValueError as e:
         p.error(str(e))
     if s["metric"] and "x0" not in model.loss_terms:
         p.error("a metric compares clean images, and DDPM's eps mode learns none; use --predict x0, --model dual or --model casdm")
+    if s["learn_sigma"] != (s["objective"] != "simple"):
+        p.error(f"--objective {s['objective']}: hybrid and vlb train the variance of --learn-sigma, simple does not; give both or neither")
+    if s["learn_sigma"] and (s["predict"] != "eps" or s["self_perceptual"]):
+        p.error("--learn-sigma belongs to DDPM's eps mode and its own objectives; leave out --predict x0 and --self-perceptual")
+    if s["label_dropout"] and not s["class_cond"]:
+        p.error("--label-dropout drops labels; expected --class-cond too")
+    if MODELS[s["model"]] is Classifier and (s["sample_every"] or s["eval_every"]):
+        p.error("--sample-every and --eval-every: a classifier makes no images; leave them out")
 
 
 def parse_metric(text):
@@ -345,19 +402,26 @@ def parse_metric(text):
     return name, edges.real(0)(weight)
 
 
+def parse_perceptual(text):
+    path, equals, weight = text.rpartition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected CKPT=W, a checkpoint of ours and its lambda")
+    return {str(Path(path).absolute()): edges.real(0, above=True)(weight)}
+
+
 def main(argv=None):
     s, a = parse_args(argv)
     device = parallel.begin(edges.open_device(a.device))
     folder = (a.out or Path("runs") / f"{s['model']}-{Path(s['data']).stem}").absolute()
     state = reopen(folder, s, a.typed) if a.resume else None
-    s = state["settings"] if state else s
+    s = PAPER | state["settings"] if state else s
     if state and state["step"] >= s["iterations"] and not any(pending(s, folder, state["step"])):
         print(f"{folder} is finished: {state['step']} of {s['iterations']} steps; --iterations N goes on to N")
         return 0
     if not state and parallel.rank() == 0:
         refuse_taken(folder)
     images, metrics, network = parallel.first(lambda: load_inputs(s))
-    run = Run(s | {"image_size": images.pixels.shape[1]}, folder, device, images, metrics, network and network.to(device))
+    run = Run(s | {"image_size": images.pixels.shape[1], "num_classes": classes(s, images)}, folder, device, images, metrics, network and network.to(device))
     folder.mkdir(parents=True, exist_ok=True)
     if state:
         run.load(state)
@@ -408,10 +472,35 @@ def load_inputs(s):
 
     images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
+    for path, weight in s["self_perceptual"].items():
+        metrics["self-perceptual"] = (weight, SelfPerceptual(judge_of(path, s)))
     network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
     if missing:
         raise OSError(" | ".join(missing))
     return images, metrics, network
+
+
+def judge_of(path, s):
+    """The frozen model of --self-perceptual; ValueError where it does not know this run's noisy images."""
+    judge, _, theirs = load_model(path)
+    if isinstance(judge, Classifier):
+        raise ValueError(f"{path} is a classifier; expected a diffusion model; train one without --self-perceptual first")
+    if judge.num_classes and not s["class_cond"]:
+        raise ValueError(f"{path} was trained with labels; expected them here too; add --class-cond")
+    for key in ("schedule", "T", "image_size"):
+        if s[key] not in (None, theirs[key]):
+            raise ValueError(f"{path} has {key} {theirs[key]} and this run {s[key]}; expected the same noisy images; change --{key.replace('_', '-')}")
+    return judge
+
+
+def classes(s, images):
+    """How many labels the run trains with, or None."""
+    if not s["class_cond"] and MODELS[s["model"]] is not Classifier:
+        return None
+    if images.labels is None or images.labels.min() < 0:
+        raise ValueError(f"{images.name} {'has no labels' if images.labels is None else 'has negative labels'}; expected 0, 1, ... for every image, "
+                         "from sub-folders or an .npz's arr_1; leave --class-cond out")
+    return int(images.labels.max()) + 1
 
 
 def introduce(run):
@@ -428,9 +517,11 @@ def conclude(run, finished):
     if not finished:
         print(f"stopped at step {run.step}, which is saved; to go on: python train.py --resume --out {place}")
         return 130
-    print(f"{run.step} steps done; {run.folder} holds {', '.join(sorted(path.name for path in run.folder.iterdir()))}\nnext:\n"
-          f"  python sample.py {place}/checkpoint.pt --n 64 --out samples.png\n"
-          f"  python sample.py {place}/checkpoint.pt --trace trace.png")
+    print(f"{run.step} steps done; {run.folder} holds {', '.join(sorted(path.name for path in run.folder.iterdir()))}\nnext:")
+    if isinstance(run.model, Classifier):
+        print(f"  python sample.py CHECKPOINT --classifier {place}/checkpoint.pt --guidance 1 --label 0")
+    else:
+        print(f"  python sample.py {place}/checkpoint.pt --n 64 --out samples.png\n  python sample.py {place}/checkpoint.pt --trace trace.png")
     return 0
 
 

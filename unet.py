@@ -2,6 +2,7 @@ r"""The one network: improved-diffusion's U-Net, with which the paper builds the
 
     UNet(3, 3, image_size=32)                          theta, or a DDPM        52,542,979 parameters
     UNet(3, 4, image_size=32, fixed_resolution=True)   the Fix-Res CNN as phi  45,754,628 parameters
+    Encoder(10, image_size=32)                         its first half, which classifies noisy images
 
     stem 3x3 conv -> levels of residual blocks, halving the image between levels -> middle -> the same levels back up, each block
     fed the concatenation of its input with the matching output of the way down -> GroupNorm, SiLU, 3x3 conv
@@ -75,6 +76,13 @@ class UNet(nn.Module):
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels, 3, padding=1)))
 
     def forward(self, x, t, y=None):
+        h, skips, emb = self.encode(x, t, y)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], 1), emb)
+        return self.out(h).to(x.dtype)
+
+    def encode(self, x, t, y=None):
+        """The way down and the middle: (the middle's features [B, C, s, s], the outputs on the way, the embedding)."""
         emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))         # [B, 4 channels]
         if self.label_embed is not None:
             emb = emb + self.label_embed(y)
@@ -83,10 +91,21 @@ class UNet(nn.Module):
         for block in self.input_blocks:
             h = block(h, emb)
             skips.append(h)
-        h = self.middle(h, emb)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], 1), emb)
-        return self.out(h).to(x.dtype)
+        return self.middle(h, emb), skips, emb
+
+
+class Encoder(UNet):
+    """The way down, the middle and an attention pooling: logits [B, classes] of a noisy image, for guidance (ADM Sec. 4)."""
+
+    def __init__(self, classes, image_size, channels=128, res_blocks=3, dropout=0.0):
+        super().__init__(3, 3, image_size, channels, res_blocks, dropout)
+        del self.output_blocks, self.out
+        levels = LEVELS[image_size]
+        c = channels * levels[-1]
+        self.out = nn.Sequential(group_norm(c), nn.SiLU(), AttentionPool(c, classes, image_size >> (len(levels) - 1)))
+
+    def forward(self, x, t, y=None):
+        return self.out(self.encode(x, t)[0])
 
 
 class Block(nn.Sequential):
@@ -134,6 +153,21 @@ class Attention(nn.Module):
         q, k, v = qkv.view(B, self.heads, 3, C // self.heads, H * W).transpose(3, 4).unbind(2)     # [B, heads, HW, C/heads] each
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H * W)
         return x + self.proj(h).view(B, C, H, W)
+
+
+class AttentionPool(nn.Module):
+    """[B, C, size, size] -> [B, out]: attention of the positions' mean over the positions and itself (ADM Sec. 4, after CLIP)."""
+
+    def __init__(self, c, out, size, heads=4):
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1 + size * size, c) * c ** -0.5)
+        self.attention = nn.MultiheadAttention(c, heads, batch_first=True)
+        self.head = nn.Linear(c, out)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)                                                # [B, HW, C]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.place.to(x.dtype)
+        return self.head(self.attention(x[:, :1], x, x, need_weights=False)[0][:, 0])
 
 
 def timestep_embedding(t, dim):

@@ -457,9 +457,9 @@ def measure(row, repeats, device):
 
 
 def interleaved(calls, repeats, device):
-    """Each of `calls` in turn, `repeats` times after two turns that do not count: (seconds, results), a list a call."""
+    """Each of `calls` in turn, `repeats` times after six turns that do not count: (seconds, results), a list a call."""
     seconds, results = [[] for _ in calls], [[] for _ in calls]
-    for repeat in range(-2, repeats):       # two: a first step's memory comes page by page from the system, and so does much of a second's
+    for repeat in range(-6, repeats):       # so many until a step takes no new memory from the system, page by page
         for call, times, values in zip(calls, seconds, results):
             begun = time.perf_counter()
             value = call()

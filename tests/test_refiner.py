@@ -75,7 +75,7 @@ def test_every_model_gives_a_prediction_of_the_images_shape(kind):
     _, t, _, x_t = batch(model)
     pred = model(x_t, t)
     assert isinstance(pred, Prediction) and pred.eps_hat.shape == pred.x0_hat.shape == (3, 3, 8, 8) and pred.r_t.shape == (3, 1, 8, 8)
-    assert {p.dtype for p in pred} == {torch.float32} and (pred.r_t >= 0).all() and (pred.r_t <= 1).all()
+    assert {p.dtype for p in pred[:3]} == {torch.float32} and pred.v is None and (pred.r_t >= 0).all() and (pred.r_t <= 1).all()
 
 
 def test_ddpm_derives_the_other_prediction_and_r_is_exactly_0_or_1():
@@ -220,12 +220,14 @@ def test_ddpms_gradient_reaches_its_network_through_either_prediction():
 def test_defaults_are_the_papers_settings():
     """Cas-DM with a U-Net phi fed x0*, 32 x 32, 128 channels, 3 blocks, no dropout, cosine, T = 4000 (Cas-DM Sec. 4.1)."""
     assert DEFAULTS == dict(model="casdm", predict="eps", refiner="unet", refiner_input="x0", image_size=32, channels=128, res_blocks=3,
-                            dropout=0.0, schedule="cosine", T=4000)
+                            dropout=0.0, schedule="cosine", T=4000, num_classes=None, label_dropout=0.0, learn_sigma=False, objective="simple",
+                            self_perceptual={})
 
 
 @pytest.mark.parametrize("settings, counts", [
     ({}, [52_542_979, 52_544_132]), (dict(refiner="fixres"), [52_542_979, 45_754_628]), (dict(refiner_input="x0+eps"), [52_542_979, 52_547_588]),
     (dict(model="dual"), [52_547_591]), (dict(model="ddpm"), [52_542_979]), (dict(model="ddpm", predict="x0"), [52_542_979]),
+    (dict(model="ddpm", learn_sigma=True), [52_546_438]),
     (dict(image_size=64), [121_060_483, 121_061_636])])
 def test_absent_settings_give_the_published_parameter_counts(settings, counts):
     """theta and phi, or the one network, in the paper's size."""
