@@ -1,5 +1,7 @@
 r"""The diffusion process: schedules and the paper's Eqs. 1-11, 16 and 17, as pure functions of tensors.
 
+    python diffusion.py schedules.png      the two schedules side by side: abar_t, signal to noise, and an image over t
+
     Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
     DDPM     arXiv:2006.11239v2   IDDPM   arXiv:2102.09672v1   DDIM   arXiv:2010.02502v4
 
@@ -183,3 +185,55 @@ def _previous(table):
 
 
 SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
+
+
+# ---- the script ----
+
+def draw_schedules(path, T=1000):
+    """abar_t, the signal-to-noise ratio abar_t / (1 - abar_t), and one image noised alike by every schedule (IDDPM Figs. 3, 5)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    import data     # the picture alone needs an image, and a file written whole
+    import edges
+    figure, axes = plt.subplot_mosaic([["abar", "snr"], *[[name, name] for name in SCHEDULES]], figsize=(9, 5.5), height_ratios=[3, *[1] * len(SCHEDULES)])
+    shown = torch.linspace(1, T, 12).long()
+    x0 = data.from_pixels(data.shapes(32)[0][:1]).expand(len(shown), -1, -1, -1)
+    eps = torch.from_numpy(data.stream(0, "schedules", 0).standard_normal((1, *x0.shape[1:]), dtype="float32"))
+    for name, make in SCHEDULES.items():
+        schedule = make(T)
+        abar = schedule.alpha_bar[1:]
+        axes["abar"].plot(schedule.step[1:], abar, label=name)
+        axes["snr"].semilogy(schedule.step[1:], abar / (1 - abar), label=name)
+        noised = data.to_pixels(q_sample(x0, shown, eps, schedule))
+        axes[name].imshow(torch.cat([*noised], 1).numpy())
+        axes[name].set(ylabel=name, yticks=[], xticks=[32 * i + 16 for i in range(len(shown))], xticklabels=[f"t = {t}" for t in shown])
+    axes["abar"].set(title="abar_t", xlabel="t")
+    axes["snr"].set(title="abar_t / (1 - abar_t)", xlabel="t")
+    axes["abar"].legend()
+    figure.tight_layout()
+    with edges.atomic(path) as f:
+        figure.savefig(f, format="png", dpi=80)
+    plt.close(figure)
+
+
+def main(argv=None):
+    from pathlib import Path
+
+    import edges
+    p = edges.Parser(__doc__)
+    p.add_argument("out", type=Path, metavar="FILE.png")
+    a = p.parse_args(argv)
+    if a.out.suffix != ".png":
+        p.error(f"{a.out}: expected FILE.png")
+    edges.check_writable(a.out)
+    draw_schedules(a.out)
+    print(f"{', '.join(SCHEDULES)} schedules written to {a.out.absolute()}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    import edges
+    sys.exit(edges.run(main))

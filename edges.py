@@ -182,6 +182,18 @@ def atomic(path):
         raise
 
 
+def check_writable(path):
+    """Before the work: the place for the result exists and is not taken by something that must not be mixed with it."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.absolute().parent} does not exist; expected the folder for {path.name}; make it first")
+    if path.is_dir() and (path.suffix or any(path.iterdir())):
+        raise ValueError(f"{path} is a folder that holds something; expected a new or empty folder, or a file's name; choose another")
+    if path.is_file() and not path.suffix:
+        raise ValueError(f"{path} is a file; expected a folder's name or one that ends in .png or .npz; choose another")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path.absolute().parent} cannot be written to; expected a writable folder; choose another")
+
+
 def _remove_strays(path):
     for stray in path.parent.glob(f".{path.name}.*.partial"):
         if not _alive(int(pid) if (pid := stray.suffixes[-2][1:]).isdigit() else 0):

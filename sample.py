@@ -120,10 +120,11 @@ def read_checkpoint(path):
     return state
 
 
-def load_model(path, device="cpu", raw=False):
+def load_model(path, device="cpu", raw=False, classifier=False):
     """(model, schedule, settings) of a checkpoint: the EMA's weights, or the trained ones if `raw`; in eval mode.
 
-    ValueError, one line, where the weights do not fit the settings or are not finite.
+    ValueError, one line, where it is a model of images and a classifier was asked for, or the other way round, where the weights do not
+    fit the settings or are not finite.
     """
     state = read_checkpoint(path)
     try:
@@ -131,6 +132,9 @@ def load_model(path, device="cpu", raw=False):
         model.load_state_dict(state["model" if raw else "ema"])
     except Exception as e:      # settings or tensors of any wrong kind: the file is ours only by its label
         raise ValueError(f"{path}: its tensors do not fit its settings ({' '.join(str(e).split())[:160]}); expected what train.py wrote") from None
+    if isinstance(model, Classifier) != classifier:
+        raise ValueError(f"{path} is a {'model of images' if classifier else 'classifier'}; expected the other kind; train one with"
+                         f"{'' if classifier else 'out'} --model classifier")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{path} holds weights that are not finite; expected numbers; use an earlier checkpoint")
     model = model.to(device).eval()
@@ -241,11 +245,9 @@ def parse_args(argv):
 
 def main(argv=None):
     a = parse_args(argv)
-    check_writable(a.trace or a.out)
+    edges.check_writable(a.trace or a.out)
     device = parallel.begin(edges.open_device(a.device))
     model, schedule, settings = load_model(a.checkpoint, device, a.raw)
-    if isinstance(model, Classifier):
-        raise ValueError(f"{a.checkpoint} is a classifier; expected a model of images; give it by --classifier")
     respace(schedule, a.steps)
     variance = variance_of(a, settings)
     if a.bits_per_dim:
@@ -292,9 +294,7 @@ def variance_of(a, settings):
 
 def open_classifier(a, settings, device):
     """(the gradient that --classifier and --guidance ask for, its number of classes)."""
-    classifier, _, theirs = load_model(a.classifier, device)
-    if not isinstance(classifier, Classifier):
-        raise ValueError(f"{a.classifier} is no classifier; expected what train.py --model classifier wrote; check the path")
+    classifier, _, theirs = load_model(a.classifier, device, classifier=True)
     for key in ("image_size", "schedule", "T"):
         if theirs[key] != settings[key]:
             raise ValueError(f"{a.classifier} has {key} {theirs[key]} and {a.checkpoint} {settings[key]}; expected the same noisy images; train one again")
@@ -329,18 +329,6 @@ def print_bits(a, model, settings, variance):
 
 def progress(a):
     return tqdm(total=a.n * a.steps, unit="step", desc="sampling", file=sys.stderr, disable=parallel.rank() > 0 or None)
-
-
-def check_writable(path):
-    """Before the work: the place for the result exists and is not taken by something that must not be mixed with it."""
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path.absolute().parent} does not exist; expected the folder for {path.name}; make it first")
-    if path.is_dir() and (path.suffix or any(path.iterdir())):
-        raise ValueError(f"{path} is a folder that holds something; expected a new or empty folder, or a file's name; choose another --out")
-    if path.is_file() and not path.suffix:
-        raise ValueError(f"{path} is a file; expected a folder's name or one that ends in .png or .npz; choose another --out")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise PermissionError(f"{path.absolute().parent} cannot be written to; expected a writable folder; choose another --out")
 
 
 if __name__ == "__main__":

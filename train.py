@@ -384,7 +384,7 @@ def check(p, s, typed):
     except ValueError as e:
         p.error(str(e))
     if s["metric"] and "x0" not in model.loss_terms:
-        p.error("a metric compares clean images, and DDPM's eps mode learns none; use --predict x0, --model dual or --model casdm")
+        p.error("a metric compares clean images, and neither DDPM's eps mode nor a classifier learns any; use --predict x0, --model dual or --model casdm")
     if s["learn_sigma"] != (s["objective"] != "simple"):
         p.error(f"--objective {s['objective']}: hybrid and vlb train the variance of --learn-sigma, simple does not; give both or neither")
     if s["learn_sigma"] and (s["predict"] != "eps" or s["self_perceptual"]):
@@ -473,23 +473,21 @@ def load_inputs(s):
     images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
     for path, weight in s["self_perceptual"].items():
-        metrics["self-perceptual"] = (weight, SelfPerceptual(judge_of(path, s)))
+        metrics["self-perceptual"] = (weight, SelfPerceptual(judge_of(path, s, classes(s, images) if images else None)))
     network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
     if missing:
         raise OSError(" | ".join(missing))
     return images, metrics, network
 
 
-def judge_of(path, s):
-    """The frozen model of --self-perceptual; ValueError where it does not know this run's noisy images."""
+def judge_of(path, s, num_classes):
+    """The frozen model of --self-perceptual; ValueError where it does not know this run's noisy images or labels."""
     judge, _, theirs = load_model(path)
-    if isinstance(judge, Classifier):
-        raise ValueError(f"{path} is a classifier; expected a diffusion model; train one without --self-perceptual first")
-    if judge.num_classes and not s["class_cond"]:
-        raise ValueError(f"{path} was trained with labels; expected them here too; add --class-cond")
     for key in ("schedule", "T", "image_size"):
         if s[key] not in (None, theirs[key]):
             raise ValueError(f"{path} has {key} {theirs[key]} and this run {s[key]}; expected the same noisy images; change --{key.replace('_', '-')}")
+    if judge.num_classes not in (None, num_classes) or (judge.num_classes and s["label_dropout"] and judge.null_label is None):
+        raise ValueError(f"{path} was trained with {judge.num_classes} classes; expected the labels of this run; use the same --class-cond and --label-dropout")
     return judge
 
 
