@@ -149,7 +149,7 @@ def test_zero_means_never_but_the_last_step_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--model ddpm", "--model ddpm --predict x0 --metric ssim=0.1", "--model dual --metric ssim=0.1 --metric haarpsi=0.1",
-                                   "--refiner fixres --refiner-input x0+eps", "--precision bf16 --metric ssim=1"])
+                                   pytest.param("--refiner fixres --refiner-input x0+eps", marks=pytest.mark.slow), "--precision bf16 --metric ssim=1"])
 def test_every_model_trains_and_samples(flags, tmp_path):
     """Its loss falls on one repeated image, and its checkpoint opens."""
     np.savez(tmp_path / "one.npz", arr_0=np.full((1, 16, 16, 3), 200, np.uint8))
@@ -201,6 +201,7 @@ class Features(torch.nn.Module):
         return pool, pool[:, :3], pool
 
 
+@pytest.mark.slow
 def test_evaluations_are_logged_and_the_best_checkpoint_is_kept(images, tmp_path, monkeypatch):
     """best.pt is the checkpoint of the least FID in the log, and the data's statistics are computed once."""
     monkeypatch.setattr(train.fid, "InceptionFeatures", Features)
@@ -214,6 +215,7 @@ def test_evaluations_are_logged_and_the_best_checkpoint_is_kept(images, tmp_path
     load_model(tmp_path / "run/best.pt")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_cut_off_is_made_up_for(images, tmp_path, monkeypatch):
     """The run was stopped in its last evaluation: --resume does it, and then there is nothing left to do."""
     monkeypatch.setattr(train.fid, "InceptionFeatures", Features)
@@ -236,7 +238,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(images, tmp_path, monkeyp
 
 # ---- stopping and going on ----
 
-@pytest.mark.parametrize("cut, flags", [(7, []), (20, ["--dropout", "0.1"])])
+@pytest.mark.parametrize("cut, flags", [(7, ["--dropout", "0.1"]), pytest.param(20, [], marks=pytest.mark.slow)])
 def test_two_goes_equal_one_go_bit_for_bit(cut, flags, images, tmp_path):
     """Weights, EMA, optimiser and log; the cut lies between two rows of the log and across an epoch's end."""
     common = [*SMALL, *flags, "--data", images]
@@ -269,7 +271,7 @@ def test_another_run_is_never_written_over(tmp_path, capsys):
     assert "holds a run" in capsys.readouterr().err and (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("saved", [10, 5])
+@pytest.mark.parametrize("saved", [5, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(saved, images, tmp_path):
     common = [*SMALL, "--data", images]
     assert run(*common, "--iterations", 20, "--out", tmp_path / "one") == 0
