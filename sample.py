@@ -33,7 +33,7 @@ from data import DATASETS, batch_indices, from_pixels, load_images, stream, to_p
 from diffusion import ddim_mu_from_eps, ddim_mu_from_x0, ddim_sigma, eps_from_x0, mix, respace, x0_from_eps
 from guidance import classifier_free, classifier_gradient, guided_x0
 from refiner import Classifier, build_model
-from variance import VARIANCES, bits_per_dim, p_mean_variance
+from variance import VARIANCES, ancestral_sample, bits_per_dim
 
 KIND, VERSION = "cas-dm checkpoint", 1
 
@@ -66,24 +66,24 @@ def sample(model, schedule, shape, seed, steps=100, eta=0.0, first=0, y=None, wa
         g = gradient(x_t, torch.full_like(t, original), y) if gradient else None
         z = _normal(streams, shape, device) if (variance and i > 1) or eta else 0
         if variance:
-            mu, log_var = p_mean_variance(x_t, t, x0_star, x0_hat, pred.r_t, pred.v, chain, variance)
-            x_t = (mu if g is None else mu + log_var.exp() * g) + (log_var / 2).exp() * z
+            x_t = ancestral_sample(x_t, t, x0_star, x0_hat, pred.r_t, chain, variance, pred.v, z, g)
         else:
-            if g is not None:
-                x0_star, x0_hat = guided_x0(x0_star, t, g, chain), guided_x0(x0_hat, t, g, chain)
-            x_t = p_sample(x_t, t, x0_star, x0_hat, pred.r_t, chain, eta, z)
+            x_t = p_sample(x_t, t, x0_star, x0_hat, pred.r_t, chain, eta, z, g)
     model.train(training)
     if not x_t.isfinite().all():
         raise ArithmeticError("a sampled image is not finite; expected finite weights and activations; use an earlier checkpoint")
     return x_t
 
 
-def p_sample(x_t, t, x0_star, x0_hat, r_t, chain, eta=0.0, z=0):
+def p_sample(x_t, t, x0_star, x0_hat, r_t, chain, eta=0.0, z=0, g=None):
     """x_{t-1} = r_t mu_x0'^ddim + (1 - r_t) mu_eps'^ddim + sigma_t z: a draw of Cas-DM Eq. 4 with the mean after Cas-DM Eq. 17.
 
+    g : [B, C, H, W], a classifier's gradient, which guides both estimates, or None
     CHOICE: x0* and x0' come clamped to [-1, 1], before the means are formed, and eps' is re-derived from the clamped x0*: with
     r_t = 0 and r_t = 1 that is improved-diffusion's own clipping.  sigma_1 = 0, so the last step adds no noise.
     """
+    if g is not None:
+        x0_star, x0_hat = guided_x0(x0_star, t, g, chain), guided_x0(x0_hat, t, g, chain)
     eps_hat = eps_from_x0(x_t, t, x0_star, chain)
     mu = mix(ddim_mu_from_x0(x_t, t, x0_hat, chain, eta), ddim_mu_from_eps(x_t, t, eps_hat, chain, eta), r_t)
     return mu + ddim_sigma(t, chain, eta).to(x_t.device, x_t.dtype).view(-1, 1, 1, 1) * z
@@ -245,7 +245,8 @@ def parse_args(argv):
 
 def main(argv=None):
     a = parse_args(argv)
-    edges.check_writable(a.trace or a.out)
+    if not a.bits_per_dim:
+        edges.check_writable(a.trace or a.out)
     device = parallel.begin(edges.open_device(a.device))
     model, schedule, settings = load_model(a.checkpoint, device, a.raw)
     respace(schedule, a.steps)

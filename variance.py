@@ -4,7 +4,7 @@ r"""The step back as a Gaussian of its own: fixed and learned variances, the bou
     DDPM     arXiv:2006.11239v2   Cas-DM   arXiv:2401.02414v1
 
     DDPM Sec. 3.2   beta~_t or beta_t        `log_variance`            IDDPM Eq. 15   v between their logarithms
-    Cas-DM Eq. 4    p(x_{t-1} | x_t)         `p_mean_variance`
+    Cas-DM Eq. 4    p(x_{t-1} | x_t)         `p_mean_variance`, `ancestral_sample`
     IDDPM Eqs. 4-7  L_T, L_{t-1}, L_0        `prior_bits`, `bound`     IDDPM Eq. 16   L_hybrid, in losses.py
     IDDPM Eq. 18    importance-sampled t     `ImportanceSampler`
 
@@ -49,6 +49,14 @@ def p_mean_variance(x_t, t, x0_star, x0_hat, r_t, v, chain, kind):
     eps_hat = eps_from_x0(x_t, t, x0_star, chain)
     mu = mix(mu_from_x0(x_t, t, x0_hat, chain), mu_from_eps(x_t, t, eps_hat, chain), r_t)
     return mu, log_variance(t, chain, kind, x_t, v)
+
+
+def ancestral_sample(x_t, t, x0_star, x0_hat, r_t, chain, kind, v=None, z=0, g=None):
+    """x_{t-1} = mu + Sigma g + sigma_t z: a draw of Cas-DM Eq. 4, its mean moved by a classifier's gradient      (DDPM and ADM Algorithms 2, 1)"""
+    mu, log_var = p_mean_variance(x_t, t, x0_star, x0_hat, r_t, v, chain, kind)
+    if g is not None:
+        mu = mu + log_var.exp() * g
+    return mu + (log_var / 2).exp() * z
 
 
 # ---- the bound ----

@@ -98,6 +98,19 @@ def test_two_processes_train_sample_and_score_as_one_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--class-cond", "--label-dropout", "0.3"], ["--model", "ddpm", "--learn-sigma", "--objective", "vlb", "--T", "2"]], ids=["labels", "vlb"])
+def test_two_processes_draw_labels_and_important_t_as_one_does(flags, tmp_path):
+    """The log of 20 steps, and what the importance sampler remembers; with T = 2 it decides after a few."""
+    rows, seen = [], []
+    for n in (1, 2):
+        done("train.py", *SMALL, *flags, "--accumulate", 2, "--lr", "1e-6", "--iterations", 20, "--out", tmp_path / str(n), processes=n)
+        rows.append([json.loads(line)["loss"] for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
+        seen.append(train.read_checkpoint(tmp_path / str(n) / "checkpoint.pt").get("importance", {}).get("seen", torch.zeros(1)))
+    np.testing.assert_allclose(*rows, rtol=1e-3)
+    torch.testing.assert_close(*seen, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_rank_that_dies_ends_the_others_and_leaves_a_whole_checkpoint(number, tmp_path):
     """Killed: the others end within a minute. Asked to stop: all stop after the same step and save."""
