@@ -25,8 +25,9 @@ def explore(cases, check):
     settings(COMMON, max_examples=cases, derandomize=cases < 1000)(check)()
 
 
-FLAGS = ["--" + name.replace("_", "-") for name in train.PAPER] + ["--lpips", "--n", "--steps", "--eta", "--trace", "--raw", "--out", "--resume", "--device", "--weights", "--json", "--save-stats"]
-VALUES = st.one_of(st.sampled_from(["0", "1", "-1", "16", "30", "nan", "inf", "1e400", "", " ", "ddpm", "dual", "casdm", "x0", "eps", "fixres", "x0+eps", "cosine", "lpips=0.1", "ssim=nan", "ssim=", "=1",
+FLAGS = ["--" + name.replace("_", "-") for name in train.PAPER] + ["--lpips", "--n", "--steps", "--eta", "--trace", "--raw", "--out", "--resume", "--device", "--weights", "--json", "--save-stats",
+                                                                  "--sampler", "--variance", "--label", "--cfg", "--classifier", "--guidance", "--bits-per-dim"]
+VALUES = st.one_of(st.sampled_from(["0", "1", "-1", "16", "30", "nan", "inf", "1e400", "", " ", "ddpm", "dual", "casdm", "x0", "eps", "fixres", "x0+eps", "cosine", "lpips=0.1", "hybrid", "vlb", "learned", "classifier", "a.pt=1", "ssim=nan", "ssim=", "=1",
                                     "shapes", "cifar10", "cpu", "cuda:-1", "a.png", "a.npz", "a.jpg", "99999999999999999999", "\0", "é", "--", "-"]), st.text(max_size=8))
 
 

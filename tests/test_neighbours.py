@@ -206,7 +206,7 @@ def test_classifier_guidance_raises_the_share_of_the_asked_class(variance, shape
     assert share(judge, x0, torch.from_numpy(data.shapes(16)[1][:256])) > 0.9
     shares = [share(judge, sample.sample(Unlabelled(model), model.schedule, (64, 3, 16, 16), 0, 25, y=y, variance=variance,
                                          gradient=lambda x_t, t, y: classifier_gradient(guide, x_t, t, y, scale)), y) for scale in (0.0, 1.0, 4.0)]
-    assert shares[0] < 0.6 and shares[0] + 0.1 < shares[1] < shares[2] and shares[2] > 0.75, shares
+    assert shares[0] < 0.5 and shares[0] < shares[1] < shares[2] and shares[2] > shares[0] + 0.2, shares
 
 
 @pytest.mark.slow

@@ -1,0 +1,57 @@
+"""table1.py: its runs are made once, go on after a kill, and its table is the arithmetic of their lines."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import edges
+
+sys.path.insert(0, str(Path(__file__).parent))
+import table1       # noqa: E402
+
+SCORER = """
+import json, sys, numpy as np
+images = np.load(sys.argv[1])["arr_0"]
+if "--make-stats" in sys.argv:
+    np.savez(sys.argv[sys.argv.index("--stats") + 1], n=len(images))
+else:
+    assert np.load(sys.argv[sys.argv.index("--stats") + 1])["n"] == 8
+    print(json.dumps({"n": len(images), "FID-768": float(images.mean()), "sFID": float(images.std())}))
+"""
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, capsys):
+    """Two rows and two seeds, one of them a judge of another; a lost line costs no training."""
+    (tmp_path / "score.py").write_text(SCORER)
+    monkeypatch.setattr(table1, "PRESETS", {"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --iterations 2 --batch-size 2", 4, 8, 2)})
+    monkeypatch.setattr(table1, "ROWS", {("a", "DDPM (eps)"): "--model ddpm", ("b", "self-perceptual"): "--model casdm --self-perceptual JUDGE=0.1"})
+    monkeypatch.setattr(table1, "STEPS", (10, 5))
+    monkeypatch.setattr(table1, "PAIRS", [])
+    how = ["--data", "shapes", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
+    assert edges.run(table1.main, [*how, "--only", "a"]) == 0
+    lines = (tmp_path / "lines.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+    (tmp_path / "lines.jsonl").write_text(lines[0] + "\n")
+    checkpoint = tmp_path / "work/DDPM--eps--1/checkpoint.pt"
+    before = checkpoint.stat().st_mtime_ns
+    assert edges.run(table1.main, how) == 0
+    assert checkpoint.stat().st_mtime_ns == before
+    found = {(line["row"], line["seed"]): line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
+    assert len(found) == 4 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
+    assert "| DDPM (eps) | 2 |" in capsys.readouterr().out
+
+
+def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys):
+    def line(row, seed, fid):
+        return {"row": row, "seed": seed, "metric": "lpips", "n": 4, "commit": "c", "100": {"FID-768": fid, "sFID": 1.0}, "10": {"FID-768": 0.0, "sFID": 0.0}}
+    table1.table([line("Dual", 0, 1.0), line("Dual", 1, 3.0), line("Dual + metric", 1, 2.5), line("Dual + metric", 2, 9.0)])
+    said = capsys.readouterr().out
+    assert "| Dual | 2 | 2.00 ± 1.00 | 1.00 ± 0.00 | 0.00 ± 0.00 | 0.00 ± 0.00 | 6.52, 4.60 |" in said
+    assert "| Dual + metric - Dual | 1 | -0.50 | +0.00 | +0.00 | +0.00 | -0.87, +0.29 |" in said
+
+
+def test_a_scorer_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert edges.run(table1.main, ["--print", "--scorer", str(tmp_path / "nowhere.py")]) == 1
+    assert "nowhere.py does not exist" in capsys.readouterr().err
