@@ -52,6 +52,7 @@ import train                                    # noqa: E402
 import unet                                     # noqa: E402
 from data import Images, batch_indices, from_pixels     # noqa: E402
 from refiner import build_model                 # noqa: E402
+from run import LOG_EVERY, Run                  # noqa: E402
 from sample import sample                       # noqa: E402
 
 CIFAR10 = ROOT / "../shared/data/cifar10_train.npz"
@@ -119,7 +120,7 @@ def optimiser(device, folder):
     return Row(work, copies, "<= 1.3")
 
 
-class Steps(train.Run):
+class Steps(Run):
     """Called, it lets the real loop, train.train, through `burst` steps; it leaves no file but the log."""
     burst = 1
 
@@ -394,7 +395,7 @@ def gpu(device, folder, repeats):
     """Images/s, TFLOP/s, share of the matrix product's peak in the same precision, and whether a step waits for the GPU: the Cas-DM step."""
     def variant(precision="fp32", tf32=False, compiled=False, layout=torch.contiguous_format):
         run = Steps(device, folder, precision=precision)
-        run.burst = train.LOG_EVERY         # so many steps between two clock readings, one logged row in them
+        run.burst = LOG_EVERY         # so many steps between two clock readings, one logged row in them
         run.model.to(memory_format=layout), run.ema.to(memory_format=layout)
         if compiled:
             run.model.compile(mode="reduce-overhead")       # CUDA graphs
@@ -430,7 +431,7 @@ def matrix_product(device, dtype, n=8192):
 
 def waits(run):
     """What a training step waits for; rows of the log, which do wait, are left out."""
-    run.step, run.burst = 0, train.LOG_EVERY - 1
+    run.step, run.burst = 0, LOG_EVERY - 1
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()

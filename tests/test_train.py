@@ -1,5 +1,6 @@
 """The loop and its promises: settings, resuming bit for bit, signals, non-finite numbers, full disks."""
 import argparse
+import importlib
 import resource
 import signal
 import subprocess
@@ -280,6 +281,36 @@ def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(saved, images, t
         f.write('{"step": 20, "eps": 0.1, "loss": 0.1}\n{"step": 30, "ep')      # a row beyond the checkpoint, and half a row
     assert run("--resume", "--iterations", 20, "--out", tmp_path / "two", "--device", "cpu") == 0
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment, after", [
+    ("train.training_losses", ""), ("run.write_checkpoint", ""), ("torch.save", ""), ("os.replace", "checkpoint.pt"), ("run.save_grid", "checkpoint.pt"),
+    ("sample.p_sample", "checkpoint.pt"), ("fid.features_of", "checkpoint.pt"), ("fid.frechet_distance", "checkpoint.pt"), ("sample.p_sample", "samples_000002.png"),
+    ("fid.frechet_distance", "samples_000004.png")])
+def test_a_signal_inside_any_moment_saves_and_nothing_is_lost(moment, after, images, tmp_path, monkeypatch, capsys):
+    """In a step, around and inside the writing of a checkpoint, in a grid, in sampling, in an evaluation, also the last: 130, and the same end."""
+    monkeypatch.setattr(train.fid, "InceptionFeatures", Features)
+    monkeypatch.setattr("run.GRID", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = [*SMALL, "--data", images, "--sample-every", 2, "--eval-every", 2, "--eval-samples", 4, "--iterations", 4]
+    assert run(*flags, "--out", tmp_path / "one") == 0
+    module, name = moment.split(".")
+    original, sent = getattr(importlib.import_module(module), name), []
+
+    def interrupted(*a, **how):
+        if not sent and (tmp_path / "two" / after).exists():
+            sent.append(signal.raise_signal(signal.SIGTERM if "s" in name else signal.SIGINT))
+        return original(*a, **how)
+    with monkeypatch.context() as m:
+        m.setattr(moment, interrupted)
+        code = run(*flags, "--out", tmp_path / "two")
+    complete = code == 0 and after == "samples_000004.png"      # nothing was left to abandon
+    assert sent and (complete or (code == 130 and "python train.py --resume --out" in capsys.readouterr().out))
+    load_model(tmp_path / "two/checkpoint.pt")
+    assert run("--resume", "--out", tmp_path / "two", "--device", "cpu") == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert sorted(f.name for f in (tmp_path / "one").iterdir()) == sorted(f.name for f in (tmp_path / "two").iterdir())
 
 
 @pytest.mark.slow
