@@ -46,7 +46,7 @@ class Run:
             start_from(self.model, metrics["self-perceptual"][1].frozen)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if settings["compile"]:
-            self.model.compile()
+            self.model.compile(mode="reduce-overhead" if device.type == "cuda" else None)      # CUDA graphs
         self.net = DistributedDataParallel(self.model) if parallel.size() > 1 else self.model
         self.net.loss_terms = self.model.loss_terms
         self.weights, self.averages = list(self.model.parameters()), list(self.ema.parameters())

@@ -394,11 +394,9 @@ ROWS = {"step": step, "step-bf16": step_bf16, "cascade": cascade, "lpips": lpips
 def gpu(device, folder, repeats):
     """Images/s, TFLOP/s, share of the matrix product's peak in the same precision, and whether a step waits for the GPU: the Cas-DM step."""
     def variant(precision="fp32", tf32=False, compiled=False, layout=torch.contiguous_format):
-        run = Steps(device, folder, precision=precision)
+        run = Steps(device, folder, precision=precision, compile=compiled)
         run.burst = LOG_EVERY         # so many steps between two clock readings, one logged row in them
         run.model.to(memory_format=layout), run.ema.to(memory_format=layout)
-        if compiled:
-            run.model.compile(mode="reduce-overhead")       # CUDA graphs
         return run, run.burst, torch.bfloat16 if precision == "bf16" else torch.float32, tf32
 
     def plain():
