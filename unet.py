@@ -149,8 +149,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x).flatten(2))                                         # [B, 3C, HW]: heads first, then q, k, v
-        q, k, v = qkv.view(B, self.heads, 3, C // self.heads, H * W).transpose(3, 4).unbind(2)     # [B, heads, HW, C/heads] each
+        qkv = self.qkv(self.norm(x).flatten(2)).view(B, self.heads, 3, C // self.heads, H * W)     # improved-diffusion's: heads first, then q, k, v
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(2)        # [B, heads, HW, C/heads] each; flash attention takes no other layout
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H * W)
         return x + self.proj(h).view(B, C, H, W)
 

@@ -446,7 +446,7 @@ def measure(row, repeats, device):
     """(figure of the work, of the reference or None, relative difference or None, share of the peak or None)"""
     calls = [row.work] + [row.reference] * (row.reference is not None)
     convolutions = peak_convolutions(device, row.peak[1]) if row.peak else []
-    figures, results = interleaved(calls + [call for call, _ in convolutions], repeats, device)
+    figures, results = interleaved(calls + [call for call, _ in convolutions], repeats, device, warm=6 if row.unit == "s" else 0)
     if row.unit == "MB":
         figures = results
     work, reference = statistics.median(figures[0]), statistics.median(figures[1]) if row.reference else None
@@ -455,10 +455,10 @@ def measure(row, repeats, device):
     return work, reference, differ, row.peak[0] / work / best if row.peak else None
 
 
-def interleaved(calls, repeats, device):
-    """Each of `calls` in turn, `repeats` times after six turns that do not count: (seconds, results), a list a call."""
+def interleaved(calls, repeats, device, warm=6):
+    """Each of `calls` in turn, `repeats` times after `warm` turns that do not count: (seconds, results), a list a call."""
     seconds, results = [[] for _ in calls], [[] for _ in calls]
-    for repeat in range(-6, repeats):       # so many until a step takes no new memory from the system, page by page
+    for repeat in range(-warm, repeats):        # six, until a step takes no new memory from the system, page by page
         for call, times, values in zip(calls, seconds, results):
             begun = time.perf_counter()
             value = call()
