@@ -133,8 +133,8 @@ def load_model(path, device="cpu", raw=False, classifier=False):
     except Exception as e:      # settings or tensors of any wrong kind: the file is ours only by its label
         raise ValueError(f"{path}: its tensors do not fit its settings ({' '.join(str(e).split())[:160]}); expected what train.py wrote") from None
     if isinstance(model, Classifier) != classifier:
-        raise ValueError(f"{path} is a {'model of images' if classifier else 'classifier'}; expected the other kind; train one with"
-                         f"{'' if classifier else 'out'} --model classifier")
+        kinds = ("classifier", "model of images") if classifier else ("model of images", "classifier")
+        raise ValueError(f"{path} is a {kinds[1]}; expected a {kinds[0]}; train one with{'' if classifier else 'out'} --model classifier")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{path} holds weights that are not finite; expected numbers; use an earlier checkpoint")
     model = model.to(device).eval()
