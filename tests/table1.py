@@ -10,7 +10,7 @@ whatever is killed goes on where it was.  A line holds the flags, the commit and
 standard error, differences are of equal seeds.  FID-768 is no FID: it takes 768 features of a layer before FID's.
 
 presets:
-    cpu      16 x 16, 32 channels, 1 block, 1,500 iterations of 32; 2,048 images a score, against 10,000: about 8 hours of two cores
+    cpu      16 x 16, 32 channels, 1 block, 1,500 iterations of 32; 2,048 images a score, against 10,000; sized so that table 1 fits in some 8 hours of two cores
     gpu      32 x 32, the paper's networks in bf16, 5,000 iterations of 128; 10,000 images a score
     paper    the paper's settings: 400,000 iterations of 128; 50,000 images a score
 """
