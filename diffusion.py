@@ -15,7 +15,7 @@ form of one.  In every function
 
     x_t, x0, eps : [B, C, H, W]   float
     t            : [B] int64      1..T, an index of the given schedule
-    returns      : [B, C, H, W]   unless it says otherwise; never clamped
+    returns      : [B, C, H, W]   unless it says otherwise; clamped in `clean_estimates` alone
 
 Index and precision, said once: t runs 1..T as in the paper.  Tables are float64 of length T + 1 whose index 0 is the clean image, so
 that abar[t - 1] is the paper's symbol and t = 1 is no special case.  Coefficients are computed in float64 and cast when gathered.
@@ -104,6 +104,11 @@ def x0_from_eps(x_t, t, eps, schedule):
     """
     abar = schedule.alpha_bar
     return at_step(abar.rsqrt(), t, x_t) * x_t - at_step((1 / abar - 1).sqrt(), t, x_t) * eps
+
+
+def clean_estimates(x_t, t, pred, schedule):
+    """x0* of eps' (Cas-DM Eq. 8) and x0', both clamped to [-1, 1]: what every step back and the bound are formed from."""
+    return x0_from_eps(x_t, t, pred.eps_hat, schedule).clamp(-1, 1), pred.x0_hat.clamp(-1, 1)
 
 
 def eps_from_x0(x_t, t, x0, schedule):
@@ -219,6 +224,7 @@ def draw_schedules(path, T=1000):
 
 
 def main(argv=None):
+    """The picture of the schedules."""
     from pathlib import Path
 
     import edges

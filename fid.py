@@ -428,6 +428,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
+    """The scores of A against B, statistics for later, or both."""
     a = parse_args(argv)
     if a.save_stats and not a.save_stats.absolute().parent.is_dir():
         raise FileNotFoundError(f"{a.save_stats.absolute().parent} does not exist; expected --save-stats in a folder that does; make it first")

@@ -137,6 +137,8 @@ class SelfPerceptual(nn.Module):
 
     L_sp = || f(x^_t', t') - f(x_t', t') ||^2,  x_t' from (x0, eps) and x^_t' from (x0', eps of x_t and x0'), mean over C, h, w     -> [B]
 
+    x0_hat, x0, x_t : [B, C, H, W]     t, t_other : [B] int64, t and t' in 1..T     y : [B] int64 labels, if the frozen model has classes
+
     so that it is 0 for x0' = x0 and at t' = t.  The frozen model is ours, trained with mean squared error; its theta gives f.
     CHOICE: eps^ is the noise that x_t holds if x0' is right: DDPM's own eps', and in Cas-DM a function of phi alone.
     """

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import edges
 import parallel
 from data import DATASETS, batch_indices, from_pixels, load_images, stream, to_pixels
-from diffusion import ddim_mu_from_eps, ddim_mu_from_x0, ddim_sigma, eps_from_x0, mix, respace, x0_from_eps
+from diffusion import clean_estimates, ddim_mu_from_eps, ddim_mu_from_x0, ddim_sigma, eps_from_x0, mix, respace
 from guidance import classifier_free, classifier_gradient, guided_x0
 from refiner import Classifier, build_model
 from variance import VARIANCES, ancestral_sample, bits_per_dim
@@ -60,7 +60,7 @@ def sample(model, schedule, shape, seed, steps=100, eta=0.0, first=0, y=None, wa
     for i, original in reversed(list(enumerate(chain.step.tolist()))[1:]):
         t = torch.full((shape[0],), i, device=device)
         pred = model(x_t, torch.full_like(t, original), y)
-        x0_star, x0_hat = x0_from_eps(x_t, t, pred.eps_hat, chain).clamp(-1, 1), pred.x0_hat.clamp(-1, 1)
+        x0_star, x0_hat = clean_estimates(x_t, t, pred, chain)
         if watch:
             watch(original, x_t, x0_star, x0_hat, pred.r_t)
         g = gradient(x_t, torch.full_like(t, original), y) if gradient else None
@@ -244,6 +244,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
+    """Samples, a trace, or the bound of given images."""
     a = parse_args(argv)
     if not a.bits_per_dim:
         edges.check_writable(a.trace or a.out)
@@ -296,13 +297,19 @@ def variance_of(a, settings):
 def open_classifier(a, settings, device):
     """(the gradient that --classifier and --guidance ask for, its number of classes)."""
     classifier, _, theirs = load_model(a.classifier, device, classifier=True)
-    for key in ("image_size", "schedule", "T"):
-        if theirs[key] != settings[key]:
-            raise ValueError(f"{a.classifier} has {key} {theirs[key]} and {a.checkpoint} {settings[key]}; expected the same noisy images; train one again")
+    check_same_noise(a.classifier, theirs, settings)
     if settings.get("num_classes") not in (None, theirs["num_classes"]):
         raise ValueError(f"{a.classifier} has {theirs['num_classes']} classes and {a.checkpoint} {settings['num_classes']}; expected the same labels; train one again")
     scale = 1.0 if a.guidance is None else a.guidance
     return lambda x_t, t, y: classifier_gradient(classifier, x_t, t, y, scale), theirs["num_classes"]
+
+
+def check_same_noise(path, theirs, settings):
+    """ValueError where the model at `path` was trained on other noisy images than `settings` describe; a size of None is any."""
+    for key in ("schedule", "T", "image_size"):
+        if settings[key] not in (None, theirs[key]):
+            raise ValueError(f"{path} has {key} {theirs[key]} where the other model has {settings[key]}; expected the same noisy images; "
+                             f"train with the same --{key.replace('_', '-')}")
 
 
 def print_bits(a, model, settings, variance):

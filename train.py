@@ -30,7 +30,7 @@ from diffusion import SCHEDULES, respace
 from losses import METRICS, SelfPerceptual, training_losses
 from refiner import DEFAULTS, MODELS, OBJECTIVES, REFINER_INPUTS, REFINERS, Classifier, build_model
 from run import GRID_STEPS, Run, pending
-from sample import load_model, read_checkpoint
+from sample import check_same_noise, load_model, read_checkpoint
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.
 PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, class_cond=False, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
@@ -188,6 +188,7 @@ def parse_perceptual(text):
 
 
 def main(argv=None):
+    """Trains a new run or goes on with one; returns the exit code."""
     s, a = parse_args(argv)
     device = parallel.begin(edges.open_device(a.device))
     folder = (a.out or Path("runs") / f"{s['model']}-{Path(s['data']).stem}").absolute()
@@ -261,9 +262,7 @@ def load_inputs(s):
 def judge_of(path, s, num_classes):
     """The frozen model of --self-perceptual; ValueError where it does not know this run's noisy images or labels."""
     judge, _, theirs = load_model(path)
-    for key in ("schedule", "T", "image_size"):
-        if s[key] not in (None, theirs[key]):
-            raise ValueError(f"{path} has {key} {theirs[key]} and this run {s[key]}; expected the same noisy images; change --{key.replace('_', '-')}")
+    check_same_noise(path, theirs, s)
     if judge.num_classes not in (None, num_classes) or (judge.num_classes and s["label_dropout"] and judge.null_label is None):
         raise ValueError(f"{path} was trained with {judge.num_classes} classes; expected the labels of this run; use the same --class-cond and --label-dropout")
     return judge

@@ -20,7 +20,7 @@ import math
 import numpy as np
 import torch
 
-from diffusion import at_step, eps_from_x0, mix, mu_from_eps, mu_from_x0, posterior_variance, q_sample, respace, x0_from_eps
+from diffusion import at_step, clean_estimates, eps_from_x0, mix, mu_from_eps, mu_from_x0, posterior_variance, q_sample, respace
 
 VARIANCES = ("small", "large", "learned")
 
@@ -44,7 +44,7 @@ def log_variance(t, schedule, kind, like, v=None):
 def p_mean_variance(x_t, t, x0_star, x0_hat, r_t, v, chain, kind):
     """Mean and log variance of p(x_{t-1} | x_t) = N(r_t mu_x0' + (1 - r_t) mu_eps', sigma_t^2 I)                   (Cas-DM Eqs. 4, 11)
 
-    x0*, x0' come clamped as in sample.p_sample, and eps' is re-derived from the clamped x0*.
+    x0*, x0' : [B, C, H, W], clamped to [-1, 1] as in sample.p_sample, with eps' re-derived from the clamped x0*      r_t : [B, 1, H, W]
     """
     eps_hat = eps_from_x0(x_t, t, x0_star, chain)
     mu = mix(mu_from_x0(x_t, t, x0_hat, chain), mu_from_eps(x_t, t, eps_hat, chain), r_t)
@@ -52,7 +52,10 @@ def p_mean_variance(x_t, t, x0_star, x0_hat, r_t, v, chain, kind):
 
 
 def ancestral_sample(x_t, t, x0_star, x0_hat, r_t, chain, kind, v=None, z=0, g=None):
-    """x_{t-1} = mu + Sigma g + sigma_t z: a draw of Cas-DM Eq. 4, its mean moved by a classifier's gradient      (DDPM and ADM Algorithms 2, 1)"""
+    """x_{t-1} = mu + Sigma g + sigma_t z: a draw of Cas-DM Eq. 4, its mean moved by a classifier's gradient      (DDPM Algorithm 2, ADM Algorithm 1)
+
+    z, g : [B, C, H, W], N(0, I) noise, 0 in the last step, and the gradient s g of guidance.py or None
+    """
     mu, log_var = p_mean_variance(x_t, t, x0_star, x0_hat, r_t, v, chain, kind)
     if g is not None:
         mu = mu + log_var.exp() * g
@@ -110,8 +113,7 @@ def bits_per_dim(model, x0, steps, kind, noise, y=None, watch=None):
         t = torch.full((len(x0),), i, device=x0.device)
         x_t = q_sample(x0, t, noise(), chain)
         pred = model(x_t, torch.full_like(t, original), y)
-        x0_star = x0_from_eps(x_t, t, pred.eps_hat, chain).clamp(-1, 1)
-        mu, log_var = p_mean_variance(x_t, t, x0_star, pred.x0_hat.clamp(-1, 1), pred.r_t, pred.v, chain, kind)
+        mu, log_var = p_mean_variance(x_t, t, *clean_estimates(x_t, t, pred, chain), pred.r_t, pred.v, chain, kind)
         terms.append(bound(x0, x_t, t, mu, log_var, chain))
         if watch:
             watch()
@@ -131,6 +133,7 @@ class ImportanceSampler:
         self.seen, self.counts = np.zeros((T, self.history)), np.zeros(T, np.int64)
 
     def p(self):
+        """p_t of t = 1..T   [T] float64"""
         T = len(self.counts)
         if (self.counts < self.history).any():
             return np.full(T, 1 / T)
