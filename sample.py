@@ -39,13 +39,13 @@ KIND, VERSION = "cas-dm checkpoint", 1
 
 
 @torch.inference_mode()
-def sample(model, schedule, shape, seed, steps=100, eta=0.0, first=0, y=None, watch=None, variance=None, gradient=None):
+def sample(model, schedule, shape, seed, steps=100, eta=0.0, first=0, y=None, watch=None, variance=None, gradient=None, bf16=False):
     """Images `first` .. `first + N - 1` of `seed`, by DDIM over the re-spaced chain of `steps` steps (Cas-DM Eqs. 16, 17 and their mix).
 
     shape    : (N, C, H, W)         schedule : the model's own, not re-spaced
     y        : [N] int64 labels; None: image i of a model with K classes has label i mod K
     variance : one of VARIANCES: ancestral sampling with it instead, x_{t-1} = mu + s Sigma g + sigma_t z      (DDPM Algorithm 2)
-    gradient : (x_t, t, y) -> s g, a classifier's, or None
+    gradient : (x_t, t, y) -> s g, a classifier's, or None               bf16 : the networks under autocast; every step stays in float32
     watch    : called after each prediction with its t, 1..T, and the step's x_t, x0*, x0', r_t
     returns  : [N, C, H, W] in [-1, 1] on the model's device;  ArithmeticError where an image is not finite
     """
@@ -59,7 +59,8 @@ def sample(model, schedule, shape, seed, steps=100, eta=0.0, first=0, y=None, wa
     x_t = _normal(streams, shape, device)
     for i, original in reversed(list(enumerate(chain.step.tolist()))[1:]):
         t = torch.full((shape[0],), i, device=device)
-        pred = model(x_t, torch.full_like(t, original), y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            pred = model(x_t, torch.full_like(t, original), y)
         x0_star, x0_hat = clean_estimates(x_t, t, pred, chain)
         if watch:
             watch(original, x_t, x0_star, x0_hat, pred.r_t)
@@ -223,6 +224,7 @@ def parse_args(argv):
     where = p.add_argument_group("where")
     where.add_argument("--out", type=Path, default=Path("samples.png"), help="FILE.png: a grid, FILE.npz: arr_0 uint8 [N, H, W, 3], else a folder of PNGs")
     where.add_argument("--batch-size", type=edges.whole(1), default=64)
+    where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: the networks under autocast")
     where.add_argument("--device", type=edges.device, default="auto")
     a = p.parse_args(argv)
     if a.out.suffix not in ("", ".png", ".npz"):
@@ -238,6 +240,7 @@ def parse_args(argv):
     if a.bits_per_dim != (a.data is not None):
         p.error("--bits-per-dim and --data go together: the bound is that of given images")
     foreign = [flag for flag in ("trace", "eta", "label", "cfg", "classifier") if getattr(a, flag) is not None]
+    foreign += ["precision"] if a.precision != "fp32" else []
     if a.bits_per_dim and foreign:
         p.error(f"--{foreign[0]} means nothing to --bits-per-dim; leave it out")
     return a
@@ -265,7 +268,7 @@ def main(argv=None):
 
     def images(first, n, watch):
         y = None if not classes else labels(first, n, classes, device) if a.label is None else torch.full((n,), a.label, device=device)
-        return sample(model, schedule, (n, 3, size, size), a.seed, a.steps, a.eta or 0.0, first, y, watch, variance, gradient)
+        return sample(model, schedule, (n, 3, size, size), a.seed, a.steps, a.eta or 0.0, first, y, watch, variance, gradient, a.precision == "bf16")
 
     if a.trace:
         seen = []

@@ -27,13 +27,13 @@ import fid
 import parallel
 from data import DATASETS, batch_indices, from_pixels, load_images, stream
 from diffusion import SCHEDULES, respace
-from losses import METRICS, SelfPerceptual, training_losses
+from losses import METRICS, FeatureDistance, SelfPerceptual, training_losses
 from refiner import DEFAULTS, MODELS, OBJECTIVES, REFINER_INPUTS, REFINERS, Classifier, build_model
 from run import GRID_STEPS, Run, pending
 from sample import check_same_noise, load_model, read_checkpoint
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.
-PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, init_eps=None, class_cond=False, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
+PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, metric_size=None, init_eps=None, class_cond=False, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
                         ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000, eval_every=0, eval_samples=10_000)
 SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=1200, batch_size=16, lr=1e-3, sample_every=600, save_every=600)
 FREE = ("iterations", "accumulate", "sample_every", "save_every", "eval_every", "eval_samples", "data_dir")     # settings that --resume may change
@@ -91,6 +91,7 @@ def parse_args(argv):
     flag(what, "init-eps", "start Cas-DM's theta from an improved-diffusion checkpoint", metavar="FILE")
     flag(what, "lpips", "lambda of LPIPS; the same as --metric lpips=W; the paper's is 0.1", type=real(0), metavar="W")
     flag(what, "metric", f"a metric on x0' and its lambda: {', '.join(METRICS)}; may be repeated", type=parse_metric, action="append", metavar="NAME=W")
+    flag(what, "metric-size", "side to which a network's metric enlarges images; time grows with its square (default: the paper's 224)", type=whole(32), metavar="S")
     flag(what, "self-perceptual", "a frozen model of ours as a metric, or as DDPM's whole objective, and its lambda", type=parse_perceptual, metavar="CKPT=W")
     flag(what, "learn-sigma", "DDPM learns the variance of the step back too", action="store_true", default=None)
     flag(what, "objective", "of DDPM's eps mode; hybrid with --learn-sigma", choices=OBJECTIVES)
@@ -251,12 +252,22 @@ def load_inputs(s):
 
     images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
+    if s["metric_size"]:
+        set_size([metric for _, metric in metrics.values()], s["metric_size"])
     for path, weight in s["self_perceptual"].items():
         metrics["self-perceptual"] = (weight, SelfPerceptual(judge_of(path, s, classes(s, images) if images else None)))
     network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
     if missing:
         raise OSError(" | ".join(missing))
     return images, metrics, network
+
+
+def set_size(metrics, size):
+    sized = [metric for metric in metrics if isinstance(metric, FeatureDistance)]
+    if metrics and not sized or not metrics:
+        raise ValueError(f"--metric-size {size}: no metric enlarges images; expected one that is a network; give --lpips or --metric, or leave it out")
+    for metric in sized:
+        metric.size = size
 
 
 def judge_of(path, s, num_classes):

@@ -1,29 +1,37 @@
 r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with error bars.
 
     python tests/table1.py --preset cpu --data images.npz      every run that has no line in tests/table1_cpu.jsonl yet; then the table
-    python tests/table1.py --preset cpu --only "table 1"       one of the groups: table 1, table 3, table 4, lambda
+    python tests/table1.py --preset cpu --only "table 1"       one of the groups: table 1, lambda, size, choices, table 3, table 4
+    python tests/table1.py --preset paper --jobs 8             eight runs side by side, each on its GPU, or its share of the cores
     python tests/table1.py --preset cpu --print                the table of the lines that are there
 
 Each run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps, and scored by a program that stands
-apart from this project and prints FID-768 and sFID (`--scorer`).  Runs go seed by seed, so that what is there is comparable at any time;
-whatever is killed goes on where it was.  A line holds the flags, the commit and the seconds of its run; means are over seeds with their
+apart from this project and prints FID-768 and sFID (`--scorer`).  Table 1 comes first, then the rest, each seed by seed, so that what is
+there is comparable at any time; whatever is killed goes on where it was.  A line holds the flags, the commit and the seconds of its run; means are over seeds with their
 standard error, differences are of equal seeds.  FID-768 is no FID: it takes 768 features of a layer before FID's.
 
 presets:
-    cpu      16 x 16, 32 channels, 1 block, 1,500 iterations of 32; 2,048 images a score, against 10,000; sized so that table 1 fits in some 8 hours of two cores
+    cpu      16 x 16, 32 channels, 1 block, 2,500 iterations of 32; 2,048 images a score, against 10,000; table 1 takes some 4 hours of two cores with --jobs 2
     gpu      32 x 32, the paper's networks in bf16, 5,000 iterations of 128; 10,000 images a score
     paper    the paper's settings: 400,000 iterations of 128; 50,000 images a score
 """
+import collections
 import json
 import os
+import queue
+import re
 import statistics
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,39 +46,58 @@ STEPS = (100, 10)
 class Preset(NamedTuple):
     image_size: int
     flags: str
+    matched: str        # what gives one U-Net the parameters and the operations of Cas-DM's two, to some 4 %
     samples: int        # a score
     reference: int      # training images that they are scored against
     seeds: int
 
 
 PRESETS = {
-    "cpu": Preset(16, "--channels 32 --res-blocks 1 --iterations 1500 --batch-size 32 --lr 5e-4", 2048, 10_000, 3),
-    "gpu": Preset(32, "--iterations 5000 --precision bf16", 10_000, 50_000, 3),
-    "paper": Preset(32, "", 50_000, 50_000, 3),
+    "cpu": Preset(16, "--channels 32 --res-blocks 1 --iterations 2500 --batch-size 32 --lr 5e-4", "--res-blocks 3", 2048, 10_000, 3),
+    "gpu": Preset(32, "--iterations 5000 --precision bf16", "--res-blocks 7", 10_000, 50_000, 3),
+    "paper": Preset(32, "", "--res-blocks 7", 50_000, 50_000, 3),
 }
+METRIC_SIZE = {16: "--metric-size 64"}      # by image size; the paper's 224 for its own sizes
 
-# (group, row) -> flags; METRIC is LPIPS where VGG's weights are at hand, else SqueezeNet's features.
+
+class Row(NamedTuple):
+    flags: str
+    variant: str = ""           # of variants.py
+    weights: str = ""           # the row whose checkpoint is sampled, instead of an own one
+
+
+# METRIC is LPIPS where VGG's weights are at hand, else SqueezeNet's features; MATCHED is the preset's.
 ROWS = {
-    ("table 1", "DDPM (eps)"): "--model ddpm",
-    ("table 1", "DDPM (x0)"): "--model ddpm --predict x0",
-    ("table 1", "DDPM (x0) + metric"): "--model ddpm --predict x0 --metric METRIC=0.1",
-    ("table 1", "Dual"): "--model dual",
-    ("table 1", "Dual + metric"): "--model dual --metric METRIC=0.1",
-    ("table 1", "Cas-DM"): "--model casdm",
-    ("table 1", "Cas-DM + metric"): "--model casdm --metric METRIC=0.1",
-    ("table 4", "Fix-Res"): "--model casdm --refiner fixres",
-    ("table 4", "Fix-Res + metric"): "--model casdm --refiner fixres --metric METRIC=0.1",
-    ("table 4", "Fix-Res, concat"): "--model casdm --refiner fixres --refiner-input x0+eps",
-    ("table 3", "SSIM"): "--model casdm --metric ssim=0.1",
-    ("table 3", "HaarPSI"): "--model casdm --metric haarpsi=0.1",
-    ("table 3", "self-perceptual"): "--model casdm --self-perceptual JUDGE=0.1",
-    ("lambda", "metric, lambda 0.01"): "--model casdm --metric METRIC=0.01",
-    ("lambda", "metric, lambda 1"): "--model casdm --metric METRIC=1",
+    ("table 1", "DDPM (eps)"): Row("--model ddpm"),
+    ("table 1", "DDPM (x0)"): Row("--model ddpm --predict x0"),
+    ("table 1", "DDPM (x0) + metric"): Row("--model ddpm --predict x0 --metric METRIC=0.1"),
+    ("table 1", "Dual"): Row("--model dual"),
+    ("table 1", "Dual + metric"): Row("--model dual --metric METRIC=0.1"),
+    ("table 1", "Cas-DM"): Row("--model casdm"),
+    ("table 1", "Cas-DM + metric"): Row("--model casdm --metric METRIC=0.1"),
+    ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
+    ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
+    ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
+    ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
+    ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
+    ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
+    ("choices", "x0 clamped after mixing"): Row("--model casdm", "clamp-mixed", weights="Cas-DM"),
+    ("choices", "L_mu / coef1^2"): Row("--model casdm", "mu-scaled"),
+    ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
+    ("table 3", "SSIM"): Row("--model casdm --metric ssim=0.1"),
+    ("table 3", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
+    ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual JUDGE=0.1"),
+    ("table 4", "Fix-Res"): Row("--model casdm --refiner fixres"),
+    ("table 4", "Fix-Res + metric"): Row("--model casdm --refiner fixres --metric METRIC=0.1"),
+    ("table 4", "Fix-Res, concat"): Row("--model casdm --refiner fixres --refiner-input x0+eps"),
 }
+JUDGE = "DDPM (eps)"        # of the self-perceptual metric
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
 PAPER = {"DDPM (eps)": (6.79, 4.97), "DDPM (x0)": (17.78, 6.69), "DDPM (x0) + metric": (9.34, 6.94), "Dual": (6.52, 4.60), "Dual + metric": (5.65, 4.89),
          "Cas-DM": (6.80, 5.03), "Cas-DM + metric": (6.40, 4.87), "Fix-Res": (6.40, None), "Fix-Res + metric": (6.28, None), "Fix-Res, concat": (7.08, None)}
-PAIRS = [("DDPM (x0) + metric", "DDPM (x0)"), ("Dual + metric", "Dual"), ("Cas-DM + metric", "Cas-DM"), ("Fix-Res + metric", "Fix-Res"), ("Cas-DM", "DDPM (eps)")]
+PAIRS = [("DDPM (x0) + metric", "DDPM (x0)"), ("Dual + metric", "Dual"), ("Cas-DM + metric", "Cas-DM"), ("Fix-Res + metric", "Fix-Res"), ("Cas-DM", "DDPM (eps)"),
+         ("Cas-DM", "DDPM (eps), Cas-DM's size"), ("Cas-DM", "Dual, Cas-DM's size"), *[(row, "Cas-DM") for group, row in ROWS if group in ("choices", "table 3")],
+         *[(row, "Cas-DM + metric") for group, row in ROWS if group == "lambda"]]
 
 
 # ---- one run ----
@@ -78,62 +105,117 @@ PAIRS = [("DDPM (x0) + metric", "DDPM (x0)"), ("Dual + metric", "Dual"), ("Cas-D
 class Experiment:
     """A preset's runs, in `folder`, and their lines in `results`."""
 
-    def __init__(self, preset, source, folder, results, scorer):
+    def __init__(self, preset, source, folder, results, scorer, jobs=1):
         self.preset, self.source, self.folder, self.results, self.scorer = preset, source, folder, results, scorer
         self.metric = "lpips" if list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")) else "squeezenet"
+        self.rows = {row: how for (_, row), how in ROWS.items()}
+        self.programs = Programs(jobs, folder / "output.log")
+        self.locks = collections.defaultdict(threading.Lock)        # a checkpoint, and the statistics, are made once
 
-    def run(self, row, seed, flags):
-        """Trains, samples and scores one row with one seed, from wherever an earlier attempt got to; returns its line."""
-        place = self.folder / f"{''.join(c if c.isalnum() else '-' for c in row)}-{seed}"
-        flags = flags.replace("METRIC", self.metric).replace("JUDGE", str(self.folder / f"DDPM--eps--{seed}" / "checkpoint.pt")).split()
-        settings = [*self.preset.flags.split(), *flags, "--seed", seed]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if (place / "checkpoint.pt").exists():
-            call("train.py", "--resume", "--out", place)
-        else:
-            call("train.py", "--data", self.source, "--image-size", self.preset.image_size, "--sample-every", 0, "--save-every", 250, *settings, "--out", place)
-        line = {"row": row, "seed": seed, "flags": " ".join(map(str, settings)), "commit": commit(), "metric": self.metric, "n": self.preset.samples}
+    def run(self, row, seed):
+        """Trains, samples and scores one row with one seed, from wherever an earlier attempt got to, and writes its line."""
+        how, begun = self.rows[row], time.monotonic()
+        tqdm.write(f"{row}, seed {seed}")
+        checkpoint, place = self.train(how.weights or row, seed), self.place(row, seed)
+        place.mkdir(exist_ok=True)
+        line = {"row": row, "seed": seed, "flags": " ".join(map(str, self.flags(row, seed))), "variant": how.variant, "commit": commit(),
+                "metric": self.metric, "n": self.preset.samples}
         for steps in STEPS:
             images = place / f"{steps}.npz"
             if not images.exists():
-                call("sample.py", place / "checkpoint.pt", "--n", self.preset.samples, "--steps", steps, "--seed", seed, "--out", images)
+                self.programs.call("sample.py", checkpoint, "--n", self.preset.samples, "--steps", steps, "--seed", seed, "--batch-size", 128,
+                                   "--precision", "bf16", "--out", images, variant=how.variant)
             line[str(steps)] = self.score(images)
-        return line
+        line["seconds"] = round(time.monotonic() - begun)
+        with self.locks["results"], open(self.results, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def train(self, row, seed):
+        """The row's finished checkpoint; the run is made, or gone on with, if it is not there."""
+        place = self.place(row, seed)
+        with self.locks[place]:
+            if (place / "checkpoint.pt").exists():
+                self.programs.call("train.py", "--resume", "--out", place, variant=self.rows[row].variant)
+            else:
+                self.programs.call("train.py", "--data", self.source, "--image-size", self.preset.image_size, "--sample-every", 0, "--save-every", 250,
+                                   *self.flags(row, seed), "--out", place, variant=self.rows[row].variant)
+        return place / "checkpoint.pt"
+
+    def flags(self, row, seed):
+        flags = f"{self.preset.flags} {self.rows[row].flags} --seed {seed}".replace("MATCHED", self.preset.matched)
+        if "METRIC" in flags:
+            flags = f"{flags.replace('METRIC', self.metric)} {METRIC_SIZE.get(self.preset.image_size, '')}"
+        if "JUDGE" in flags:
+            flags = flags.replace("JUDGE", os.path.relpath(self.train(JUDGE, seed), ROOT))
+        return flags.split()
+
+    def place(self, row, seed):
+        return self.folder / f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-{seed}"
 
     def score(self, images):
-        said = call(self.scorer, images, "--stats", self.statistics(), "--json", capture=True)
+        said = self.programs.call(self.scorer, images, "--stats", self.statistics(), "--json", capture=True)
         return {key: value for key, value in json.loads(said).items() if key in ("FID-768", "sFID")}
 
     def statistics(self):
         """The scorer's statistics of the training images, which it makes once."""
         path = self.folder / f"statistics_{self.preset.image_size}_{self.preset.reference}.npz"
-        if not path.exists():
-            images = data.load_images(self.source, self.preset.image_size).pixels
-            chosen = np.sort(data.stream(0, "reference", 0).permutation(len(images))[:self.preset.reference])
-            with edges.atomic(self.folder / "reference.npz") as f:
-                np.savez(f, arr_0=images[chosen])
-            call(self.scorer, self.folder / "reference.npz", "--make-stats", "--stats", path.with_suffix(".partial.npz"))
-            os.replace(path.with_suffix(".partial.npz"), path)
+        with self.locks[path]:
+            if not path.exists():
+                images = data.load_images(self.source, self.preset.image_size).pixels
+                chosen = np.sort(data.stream(0, "reference", 0).permutation(len(images))[:self.preset.reference])
+                with edges.atomic(self.folder / "reference.npz") as f:
+                    np.savez(f, arr_0=images[chosen])
+                self.programs.call(self.scorer, self.folder / "reference.npz", "--make-stats", "--stats", path.with_suffix(".partial.npz"))
+                os.replace(path.with_suffix(".partial.npz"), path)
         return path
 
     def lines(self):
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
 
     def wanted(self, only):
-        """The runs that have no line yet, seed by seed."""
+        """The runs that have no line yet: Table 1 first, then the other groups, each seed by seed."""
         there = {(line["row"], line["seed"]) for line in self.lines()}
-        return [(row, seed, flags) for seed in range(self.preset.seeds) for (group, row), flags in ROWS.items()
-                if only in (None, group) and (row, seed) not in there]
+        runs = [(group != "table 1", seed, row) for seed in range(self.preset.seeds) for group, row in ROWS if only in (None, group)]
+        return [(row, seed) for _, seed, row in sorted(runs, key=lambda run: run[:2]) if (row, seed) not in there]
 
 
-def call(script, *arguments, capture=False):
-    """Runs a script; KeyboardInterrupt where it was interrupted, RuntimeError where it failed. Returns what it printed, if captured."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE if capture else None)
-    if done.returncode in (130, -2, -15):
-        raise KeyboardInterrupt
-    if done.returncode:
-        raise ValueError(f"{Path(script).name} ended with {done.returncode}; expected 0; see its message above, and start this again")
-    return done.stdout
+class Programs:
+    """The project's scripts, as processes of which `jobs` run at once: each has its GPU, or its share of the cores."""
+
+    def __init__(self, jobs, log):
+        self.jobs, self.log, self.running, self.stopped = jobs, log, set(), False
+        self.devices = queue.SimpleQueue()
+        for job in range(jobs):
+            self.devices.put(job % max(1, torch.cuda.device_count()))
+
+    def call(self, script, *arguments, variant="", capture=False):
+        """Runs a script of the project, under a variant of variants.py if named; KeyboardInterrupt where it was interrupted, ValueError where
+        it failed. Returns what it printed, if captured."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        device = self.devices.get()
+        command = [*([ROOT / "tests/variants.py", variant] if variant else []), ROOT / script, *arguments]
+        # glibc would give freed pages back and take them again: a third of the scorer's time
+        settings = {"MALLOC_TRIM_THRESHOLD_": str(2 ** 32), "MALLOC_MMAP_THRESHOLD_": str(2 ** 30)}
+        settings |= {"CUDA_VISIBLE_DEVICES": str(device)} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
+        with open(self.log, "a") as log:        # a session of its own: a Ctrl-C reaches it by `stop` alone, once
+            process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, env=os.environ | settings,
+                                       stdout=subprocess.PIPE if capture else log, stderr=log, start_new_session=True)
+            self.running.add(process)
+            said = process.communicate()[0]
+        self.running.discard(process)
+        self.devices.put(device)
+        if process.returncode in (130, -2, -15):
+            raise KeyboardInterrupt
+        if process.returncode:
+            raise ValueError(f"{Path(script).name} {' '.join(map(str, arguments))} ended with {process.returncode}; expected 0; see the end of {self.log}, and start this again")
+        return said
+
+    def stop(self):
+        """Asks what runs to save and end, and lets nothing new begin."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
 
 
 def commit():
@@ -160,7 +242,7 @@ def table(lines):
     for a, b in PAIRS:
         seeds = sorted(found.get(a, {}).keys() & found.get(b, {}).keys())
         if seeds:
-            paper = ", ".join(f"{x - y:+.2f}" for x, y in zip(PAPER[a], PAPER[b]) if x and y)
+            paper = ", ".join(f"{x - y:+.2f}" for x, y in zip(PAPER.get(a, ()), PAPER.get(b, ())) if x and y)
             print(markdown(f"{a} - {b}", len(seeds), *[spread([found[a][s][steps][score] - found[b][s][steps][score] for s in seeds], "+")
                                                        for steps, score in columns], paper))
 
@@ -176,6 +258,22 @@ def markdown(*cells):
 
 # ---- the script ----
 
+def run_all(experiment, wanted):
+    """Makes the runs, experiment.programs.jobs at a time; what stops one stops all, and the next call goes on."""
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(experiment.programs.jobs) as pool:
+        runs = [pool.submit(experiment.run, row, seed) for row, seed in wanted]
+        try:
+            with tqdm(total=len(runs), desc="table", unit="run", file=sys.stderr) as bar:
+                for done in as_completed(runs):
+                    done.result()
+                    bar.update()
+        finally:
+            for run in runs:
+                run.cancel()
+            experiment.programs.stop()
+
+
 def main(argv=None):
     p = edges.Parser(__doc__)
     p.add_argument("--preset", choices=PRESETS, default="cpu")
@@ -183,19 +281,16 @@ def main(argv=None):
     p.add_argument("--data", default="cifar10", help="CIFAR-10 by name, or its images as an .npz")
     p.add_argument("--work", type=Path, help="where the runs lie (default: runs/table1-PRESET)")
     p.add_argument("--results", type=Path, help="a JSON line a run (default: tests/table1_PRESET.jsonl)")
+    p.add_argument("--jobs", type=edges.whole(1), default=1, help="runs side by side, each on its GPU or its share of the cores")
     p.add_argument("--scorer", type=Path, default=SCORER, help="called as SCORER IMAGES.npz --stats FILE --json, and with --make-stats")
     p.add_argument("--print", action="store_true", help="the table alone")
     a = p.parse_args(argv)
     folder = (a.work or ROOT / "runs" / f"table1-{a.preset}").absolute()
     results = (a.results or ROOT / "tests" / f"table1_{a.preset}.jsonl").absolute()
     source = a.data if a.data in data.DATASETS else Path(a.data).absolute()
-    experiment = Experiment(PRESETS[a.preset], source, folder, results, edges.existing(a.scorer, "program that scores images").absolute())
-    wanted = [] if a.print else experiment.wanted(a.only)
-    for i, (row, seed, flags) in enumerate(wanted, 1):
-        print(f"[{i} of {len(wanted)}] {row}, seed {seed}", flush=True)
-        line = experiment.run(row, seed, flags)
-        with open(results, "a") as f:
-            f.write(json.dumps(line) + "\n")
+    experiment = Experiment(PRESETS[a.preset], source, folder, results, edges.existing(a.scorer, "program that scores images").absolute(), a.jobs)
+    if not a.print:
+        run_all(experiment, experiment.wanted(a.only))
     if not experiment.lines():
         raise ValueError(f"{results} has no line; expected finished runs; leave --print out")
     table(experiment.lines())

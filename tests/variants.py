@@ -1,0 +1,74 @@
+r"""Our choices where the paper is silent, each turned round, so that table1.py can measure what it is worth.
+
+    python tests/variants.py NAME train.py --model casdm ...
+    python tests/variants.py NAME sample.py CHECKPOINT ...
+
+A variant replaces one function of the project while the script runs; none of them is an option of the project, because none is meant to stay.
+"""
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import diffusion        # noqa: E402 (the modules lie one folder up)
+import edges            # noqa: E402
+import losses           # noqa: E402
+import refiner          # noqa: E402
+import run              # noqa: E402
+import sample           # noqa: E402
+
+
+def cascade(see=lambda x0_star: x0_star.clamp(-1, 1), squash=torch.sigmoid):
+    """CasDM.forward with phi's view of x0* and the range of r_t as arguments."""
+    def forward(self, x_t, t, y=None):
+        eps_hat = self.eps_net(x_t, self.time(t, x_t), y)
+        seen = see(diffusion.x0_from_eps(x_t, t, eps_hat.detach(), self.schedule))
+        x0_hat, r_t = self.refiner(seen, self.time(t, x_t), y).split([3, 1], 1)
+        return diffusion.Prediction(eps_hat, x0_hat, squash(r_t))
+    return forward
+
+
+def unclamped(x_t, t, pred, schedule):
+    """`diffusion.clean_estimates` without its clamp."""
+    return diffusion.x0_from_eps(x_t, t, pred.eps_hat, schedule), pred.x0_hat
+
+
+def clamp_mixed(x_t, t, x0_star, x0_hat, r_t, chain, eta=0.0, z=0, g=None):
+    """`sample.p_sample` of the mixed clean image, clamped once; means are affine in x0, so that it is their mix but for the clamp."""
+    mixed = diffusion.mix(x0_hat, x0_star, r_t).clamp(-1, 1)
+    return diffusion.ddim_mu_from_x0(x_t, t, mixed, chain, eta)
+
+
+def scaled_mu_loss(pred, x0, x_t, t, schedule, plain=losses.mu_loss):
+    """L_mu over coef1^2, the square of x0's coefficient in Eq. 7: the error of the mixed clean image, alike at every t."""
+    zero, one = torch.zeros_like(x0), torch.ones_like(x0)
+    return plain(pred, x0, x_t, t, schedule) / diffusion.mu_from_x0(zero, t, one, schedule)[:, 0, 0, 0] ** 2
+
+
+def constant_decay(self):
+    """`Run.update_ema` without the ramp."""
+    torch._foreach_lerp_(self.averages, self.weights, 1 - self.settings["ema"])
+
+
+VARIANTS = {
+    "phi-unclamped": [(refiner.CasDM, "forward", cascade(see=lambda x0_star: x0_star))],
+    "r-free": [(refiner.CasDM, "forward", cascade(squash=lambda r_t: r_t))],
+    "clamp-mixed": [(sample, "clean_estimates", unclamped), (sample, "p_sample", clamp_mixed)],
+    "no-ramp": [(run.Run, "update_ema", constant_decay)],
+    "mu-scaled": [(losses, "mu_loss", scaled_mu_loss)],
+}
+
+
+def main(argv=None):
+    """Runs a script of the project under a variant."""
+    name, script, *arguments = sys.argv[1:] if argv is None else argv
+    for place, function, replacement in VARIANTS[name]:
+        setattr(place, function, replacement)
+    return importlib.import_module(Path(script).stem).main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(edges.run(main))
