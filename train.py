@@ -263,8 +263,9 @@ def load_inputs(s):
 
 
 def set_size(metrics, size):
+    """Has those metrics that are networks see images of size x size."""
     sized = [metric for metric in metrics if isinstance(metric, FeatureDistance)]
-    if metrics and not sized or not metrics:
+    if not sized:
         raise ValueError(f"--metric-size {size}: no metric enlarges images; expected one that is a network; give --lpips or --metric, or leave it out")
     for metric in sized:
         metric.size = size

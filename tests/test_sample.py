@@ -113,6 +113,20 @@ def test_gaussian_data_with_the_exact_predictor_is_sampled_in_the_limit(schedule
 
 # ---- sample ----
 
+def test_bf16_is_the_networks_alone_and_changes_the_images_little():
+    """The networks' convolutions run in bfloat16, x_t stays in float32; images move by far less than their own spread."""
+    model, dtypes = small_casdm(T=100), []
+    for net in (model.eps_net, model.refiner):
+        net.out[2].register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    seen = []
+    exact = sample(model, model.schedule, (4, 3, 16, 16), seed=0, steps=10)
+    assert set(dtypes) == {torch.float32}
+    dtypes.clear()
+    fast = sample(model, model.schedule, (4, 3, 16, 16), seed=0, steps=10, bf16=True, watch=lambda t, *tensors: seen.extend(tensors))
+    assert set(dtypes) == {torch.bfloat16} and {tensor.dtype for tensor in seen} == {torch.float32}
+    assert 0 < (fast - exact).square().mean().sqrt() < 0.05 * exact.std()
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("r", [0.0, 1.0])
 def test_r_zero_and_r_one_are_improved_diffusions_clipped_ddim(r, eta):

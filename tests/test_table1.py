@@ -1,11 +1,14 @@
 """table1.py: its runs are made once, go on after a kill, and its table is the arithmetic of their lines."""
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import edges
+from sample import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 import table1       # noqa: E402
@@ -21,12 +24,16 @@ else:
 """
 
 
+SMALL = table1.Preset(16, "--channels 32 --res-blocks 1 --iterations 2 --batch-size 2", "--res-blocks 2", 4, 8, 2)
+
+
 @pytest.mark.slow
 def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, capsys):
     """Two rows and two seeds, one of them a judge of another; a lost line costs no training."""
     (tmp_path / "score.py").write_text(SCORER)
-    monkeypatch.setattr(table1, "PRESETS", {"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --iterations 2 --batch-size 2", 4, 8, 2)})
-    monkeypatch.setattr(table1, "ROWS", {("a", "DDPM (eps)"): "--model ddpm", ("b", "self-perceptual"): "--model casdm --self-perceptual JUDGE=0.1"})
+    monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
+    monkeypatch.setattr(table1, "ROWS", {("a", "DDPM (eps)"): table1.Row("--model ddpm"), ("b", "self-perceptual"): table1.Row("--model casdm --self-perceptual JUDGE=0.1"),
+                                         ("b", "matched"): table1.Row("--model ddpm MATCHED"), ("b", "clamp"): table1.Row("", "clamp-mixed", "self-perceptual")})
     monkeypatch.setattr(table1, "STEPS", (10, 5))
     monkeypatch.setattr(table1, "PAIRS", [])
     how = ["--data", "shapes", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
@@ -34,13 +41,39 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
     lines = (tmp_path / "lines.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [0, 1]
     (tmp_path / "lines.jsonl").write_text(lines[0] + "\n")
-    checkpoint = tmp_path / "work/DDPM--eps--1/checkpoint.pt"
+    checkpoint = tmp_path / "work/ddpm-eps-1/checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns
-    assert edges.run(table1.main, how) == 0
+    assert edges.run(table1.main, [*how, "--jobs", "3"]) == 0
     assert checkpoint.stat().st_mtime_ns == before
     found = {(line["row"], line["seed"]): line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
-    assert len(found) == 4 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
+    assert len(found) == 8 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
+    assert "--res-blocks 2" in found["matched", 0]["flags"] and "ddpm-eps-1" in found["self-perceptual", 1]["flags"]
+    assert found["clamp", 0]["variant"] == "clamp-mixed" and not (tmp_path / "work/clamp-0/checkpoint.pt").exists()
     assert "| DDPM (eps) | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_signal_ends_every_run_saved_and_nothing_is_left_running(tmp_path):
+    """SIGTERM to table1.py reaches its two trainings once, which save; the next start goes on from there."""
+    script = f"""if True:
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import edges, table1
+        table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --iterations 100000 --batch-size 2", "", 4, 8, 2)}}
+        sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {__file__!r}]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    logs = [tmp_path / row / "log.jsonl" for row in ("ddpm-eps-0", "ddpm-x0-0")]
+    try:
+        end = time.monotonic() + 240
+        while not all(log.exists() for log in logs):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.1)
+    finally:
+        process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
+    assert [0 < read_checkpoint(log.with_name("checkpoint.pt"))["step"] < 100000 for log in logs] == [True, True]
+    assert "which is saved" in (tmp_path / "output.log").read_text() and not (tmp_path / "lines.jsonl").exists()
 
 
 def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys):

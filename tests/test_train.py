@@ -188,6 +188,30 @@ def test_metrics_never_enter_the_model_or_the_checkpoint(tmp_path, monkeypatch):
     assert len(plain["optimizer"]["state"]) == len(metric["optimizer"]["state"])
 
 
+def test_metric_size_is_the_networks_own_and_stays_with_the_run(tmp_path, monkeypatch, images):
+    """--metric-size replaces the paper's 224, for networks alone, and a resumed run has it too."""
+    made = []
+
+    def network():
+        extractor = torch.nn.Identity()
+        extractor.forward = lambda x: {"pixels": x}
+        made.append(losses.FeatureDistance(extractor))
+        return made[-1]
+    monkeypatch.setitem(losses.METRICS, "squeezenet", network)
+    flags = [*SMALL, "--data", images, "--metric", "squeezenet=0.1", "--out", tmp_path]
+    assert run(*flags, "--metric", "ssim=0.1", "--metric-size", "48", "--iterations", "1") == 0
+    assert run("--resume", "--out", tmp_path, "--iterations", "2") == 0
+    assert [metric.size for metric in made] == [48, 48]
+    assert made[0].features(torch.zeros(1, 3, 16, 16))[0].shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize("metric", [[], ["--metric", "ssim=0.1"]])
+def test_metric_size_without_a_network_is_one_line(metric, tmp_path, capsys):
+    assert run(*SMALL, *metric, "--metric-size", "64", "--out", tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --metric-size 64") and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 class Features(torch.nn.Module):
     """Stands in for FID's network: a few moments of the pixels."""
     name = "stand-in"

@@ -1,0 +1,78 @@
+"""variants.py: each variant differs from our choice by what its name says, and by nothing else."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import edges
+import refiner
+from diffusion import Prediction, clean_estimates, cosine_schedule, mix, respace, x0_from_eps
+from sample import p_sample
+from test_sample import small_casdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+import variants     # noqa: E402
+
+SCHEDULE = cosine_schedule()
+
+
+def drawn(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x0, x_t, eps_hat, x0_hat = torch.randn(4, n, 3, 4, 4, generator=generator, dtype=torch.float64)
+    return x0, x_t, Prediction(eps_hat, x0_hat, torch.rand(n, 1, 4, 4, generator=generator, dtype=torch.float64))
+
+
+def test_the_cascade_without_arguments_is_casdms_own():
+    model, x_t, t = small_casdm(), torch.randn(2, 3, 16, 16), torch.tensor([3, 3900])
+    for got, expected in zip(variants.cascade()(model, x_t, t)[:3], model(x_t, t)):
+        assert torch.equal(got, expected)
+
+
+def test_each_cascade_changes_its_part_alone():
+    """Unclamped: x0' and r_t where x0* leaves [-1, 1]; free: r_t is the logit of ours, x0' is ours."""
+    model, x_t, t = small_casdm(), torch.randn(2, 3, 16, 16), torch.tensor([3, 3900])
+    ours = model(x_t, t)
+    open_, free = (variants.VARIANTS[name][0][2](model, x_t, t) for name in ("phi-unclamped", "r-free"))
+    assert torch.equal(open_.eps_hat, ours.eps_hat) and not torch.equal(open_.x0_hat, ours.x0_hat)
+    assert torch.equal(free.x0_hat, ours.x0_hat)
+    assert_close(free.r_t.sigmoid(), ours.r_t)
+
+
+def test_clamping_the_mix_is_ours_where_nothing_is_clamped_and_ends_in_range():
+    chain = respace(SCHEDULE, 100)
+    x0, x_t, pred = drawn(100)
+    t = torch.arange(1, 101)
+    small = [0.2 * x.clamp(-1, 1) for x in (x0, pred.x0_hat)]
+    assert_close(variants.clamp_mixed(x_t, t, *small, pred.r_t, chain), p_sample(x_t, t, *small, pred.r_t, chain), rtol=1e-9, atol=1e-9)
+    first = torch.ones(100, dtype=torch.int64)
+    wide = variants.unclamped(x_t, first, pred, chain)
+    assert_close(variants.clamp_mixed(x_t, first, *wide, pred.r_t, chain), mix(wide[1], wide[0], pred.r_t).clamp(-1, 1))
+    assert torch.equal(clean_estimates(x_t, first, pred, chain)[1], wide[1].clamp(-1, 1))
+
+
+def test_scaled_mu_loss_is_the_error_of_the_mixed_clean_image():
+    """L_mu / coef1^2 = || x0 - (r_t x0' + (1 - r_t) x0*) ||^2 at every t (Cas-DM Eqs. 7, 11, 12)."""
+    x0, x_t, pred = drawn(40)
+    t = torch.arange(1, 4001, 100)
+    mixed = mix(pred.x0_hat, x0_from_eps(x_t, t, pred.eps_hat, SCHEDULE), pred.r_t)
+    assert_close(variants.scaled_mu_loss(pred, x0, x_t, t, SCHEDULE), (x0 - mixed).square().mean((1, 2, 3)), rtol=1e-6, atol=0)
+
+
+def test_without_a_ramp_the_first_average_is_nearly_the_start():
+    class Run:
+        settings, averages, weights = {"ema": 0.9999}, [torch.zeros(2)], [torch.ones(2)]
+    variants.constant_decay(Run)
+    assert_close(Run.averages[0], torch.full((2,), 1e-4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_variant_trains_and_samples(name, tmp_path, monkeypatch):
+    for place, function, _ in variants.VARIANTS[name]:
+        monkeypatch.setattr(place, function, getattr(place, function))      # put back at the end
+    small = ["--channels", "32", "--T", "10", "--iterations", "2", "--batch-size", "2", "--sample-every", "0"]
+    assert edges.run(variants.main, [name, "train.py", *small, "--out", str(tmp_path / "run")]) == 0
+    assert edges.run(variants.main, [name, "sample.py", str(tmp_path / "run/checkpoint.pt"), "--n", "2", "--steps", "10", "--out", str(tmp_path / "x.npz")]) == 0
+    assert (name in ("phi-unclamped", "r-free")) == (refiner.CasDM.forward.__qualname__ != "CasDM.forward")
