@@ -1,7 +1,7 @@
 r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with error bars.
 
     python tests/table1.py --preset cpu --data images.npz      every run that has no line in tests/table1_cpu.jsonl yet; then the table
-    python tests/table1.py --preset cpu --only "table 1"       one of the groups: table 1, lambda, size, choices, table 3, table 4
+    python tests/table1.py --preset cpu --only "table 1"       one of the groups: table 1, lambda, size, choices, curves, table 3, table 4
     python tests/table1.py --preset paper --jobs 8             eight runs side by side, each on its GPU, or its share of the cores
     python tests/table1.py --preset cpu --print                the table of the lines that are there
 
@@ -46,6 +46,7 @@ STEPS = (100, 10)
 class Preset(NamedTuple):
     image_size: int
     flags: str
+    iterations: int
     matched: str        # what gives one U-Net the parameters and the operations of Cas-DM's two, to some 4 %
     samples: int        # a score
     reference: int      # training images that they are scored against
@@ -53,17 +54,19 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "cpu": Preset(16, "--channels 32 --res-blocks 1 --iterations 2500 --batch-size 32 --lr 5e-4", "--res-blocks 3", 2048, 10_000, 3),
-    "gpu": Preset(32, "--iterations 5000 --precision bf16", "--res-blocks 7", 10_000, 50_000, 3),
-    "paper": Preset(32, "", "--res-blocks 7", 50_000, 50_000, 3),
+    "cpu": Preset(16, "--channels 32 --res-blocks 1 --batch-size 32 --lr 5e-4", 2500, "--res-blocks 3", 2048, 10_000, 3),
+    "gpu": Preset(32, "--precision bf16", 5000, "--res-blocks 7", 10_000, 50_000, 3),
+    "paper": Preset(32, "", 400_000, "--res-blocks 7", 50_000, 50_000, 3),
 }
 METRIC_SIZE = {16: "--metric-size 64"}      # by image size; the paper's 224 for its own sizes
 
 
 class Row(NamedTuple):
-    flags: str
+    flags: str = ""
     variant: str = ""           # of variants.py
     weights: str = ""           # the row whose checkpoint is sampled, instead of an own one
+    share: float = 1            # of the preset's iterations
+    steps: tuple = STEPS
 
 
 # METRIC is LPIPS where VGG's weights are at hand, else SqueezeNet's features; MATCHED is the preset's.
@@ -91,6 +94,9 @@ ROWS = {
     ("table 4", "Fix-Res + metric"): Row("--model casdm --refiner fixres --metric METRIC=0.1"),
     ("table 4", "Fix-Res, concat"): Row("--model casdm --refiner fixres --refiner-input x0+eps"),
 }
+CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")        # scored against steps, and against iterations with the fewest steps of a score
+ROWS |= {("curves", f"{row}, other steps"): Row(weights=row, steps=(50, 20, 5)) for row in CURVES}
+ROWS |= {("curves", f"{row}, {share} x the iterations"): Row(ROWS["table 1", row].flags, share=share, steps=STEPS[-1:]) for share in (0.25, 0.5, 2) for row in CURVES}
 JUDGE = "DDPM (eps)"        # of the self-perceptual metric
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
 PAPER = {"DDPM (eps)": (6.79, 4.97), "DDPM (x0)": (17.78, 6.69), "DDPM (x0) + metric": (9.34, 6.94), "Dual": (6.52, 4.60), "Dual + metric": (5.65, 4.89),
@@ -103,13 +109,15 @@ PAIRS = [("DDPM (x0) + metric", "DDPM (x0)"), ("Dual + metric", "Dual"), ("Cas-D
 # ---- one run ----
 
 class Experiment:
-    """A preset's runs, in `folder`, and their lines in `results`."""
+    """A preset's runs, in `folder`, and their lines in `results`; by default runs/table1-NAME and tests/table1_NAME.jsonl."""
 
-    def __init__(self, preset, source, folder, results, scorer, jobs=1):
-        self.preset, self.source, self.folder, self.results, self.scorer = preset, source, folder, results, scorer
+    def __init__(self, name, folder=None, results=None, source=None, scorer=SCORER, jobs=1):
+        self.preset, self.source, self.scorer = PRESETS[name], source, scorer
+        self.folder = (folder or ROOT / "runs" / f"table1-{name}").absolute()
+        self.results = (results or ROOT / "tests" / f"table1_{name}.jsonl").absolute()
         self.metric = "lpips" if list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")) else "squeezenet"
         self.rows = {row: how for (_, row), how in ROWS.items()}
-        self.programs = Programs(jobs, folder / "output.log")
+        self.programs = Programs(jobs, self.folder / "output.log")
         self.locks = collections.defaultdict(threading.Lock)        # a checkpoint, and the statistics, are made once
 
     def run(self, row, seed):
@@ -120,7 +128,7 @@ class Experiment:
         place.mkdir(exist_ok=True)
         line = {"row": row, "seed": seed, "flags": " ".join(map(str, self.flags(row, seed))), "variant": how.variant, "commit": commit(),
                 "metric": self.metric, "n": self.preset.samples}
-        for steps in STEPS:
+        for steps in how.steps:
             images = place / f"{steps}.npz"
             if not images.exists():
                 self.programs.call("sample.py", checkpoint, "--n", self.preset.samples, "--steps", steps, "--seed", seed, "--batch-size", 128,
@@ -142,7 +150,8 @@ class Experiment:
         return place / "checkpoint.pt"
 
     def flags(self, row, seed):
-        flags = f"{self.preset.flags} {self.rows[row].flags} --seed {seed}".replace("MATCHED", self.preset.matched)
+        how = self.rows[row]
+        flags = f"{self.preset.flags} --iterations {round(self.preset.iterations * how.share)} {how.flags} --seed {seed}".replace("MATCHED", self.preset.matched)
         if "METRIC" in flags:
             flags = f"{flags.replace('METRIC', self.metric)} {METRIC_SIZE.get(self.preset.image_size, '')}"
         if "JUDGE" in flags:
@@ -235,7 +244,7 @@ def table(lines):
           f"commits {', '.join(sorted({line['commit'] for line in lines}))}\n")
     print(markdown("row", "seeds", *[f"{score}, {steps} steps" for steps, score in columns], "paper's FID, sFID"))
     print(markdown(*["---"] * 7))
-    for row in (row for _, row in ROWS if row in found):
+    for row in (row for (_, row), how in ROWS.items() if row in found and how.steps == STEPS):
         paper = ", ".join(f"{value:.2f}" for value in PAPER.get(row, ()) if value)
         print(markdown(row, len(found[row]), *[spread([line[steps][score] for line in found[row].values()]) for steps, score in columns], paper))
     print(f"\n{markdown('difference', 'seeds', *[f'{score}, {steps} steps' for steps, score in columns], 'paper')}\n{markdown(*['---'] * 7)}")
@@ -285,14 +294,12 @@ def main(argv=None):
     p.add_argument("--scorer", type=Path, default=SCORER, help="called as SCORER IMAGES.npz --stats FILE --json, and with --make-stats")
     p.add_argument("--print", action="store_true", help="the table alone")
     a = p.parse_args(argv)
-    folder = (a.work or ROOT / "runs" / f"table1-{a.preset}").absolute()
-    results = (a.results or ROOT / "tests" / f"table1_{a.preset}.jsonl").absolute()
     source = a.data if a.data in data.DATASETS else Path(a.data).absolute()
-    experiment = Experiment(PRESETS[a.preset], source, folder, results, edges.existing(a.scorer, "program that scores images").absolute(), a.jobs)
+    experiment = Experiment(a.preset, a.work, a.results, source, edges.existing(a.scorer, "program that scores images").absolute(), a.jobs)
     if not a.print:
         run_all(experiment, experiment.wanted(a.only))
     if not experiment.lines():
-        raise ValueError(f"{results} has no line; expected finished runs; leave --print out")
+        raise ValueError(f"{experiment.results} has no line; expected finished runs; leave --print out")
     table(experiment.lines())
 
 

@@ -24,7 +24,7 @@ else:
 """
 
 
-SMALL = table1.Preset(16, "--channels 32 --res-blocks 1 --iterations 2 --batch-size 2", "--res-blocks 2", 4, 8, 2)
+SMALL = table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 2, "--res-blocks 2", 4, 8, 2)
 
 
 @pytest.mark.slow
@@ -32,8 +32,11 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
     """Two rows and two seeds, one of them a judge of another; a lost line costs no training."""
     (tmp_path / "score.py").write_text(SCORER)
     monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
-    monkeypatch.setattr(table1, "ROWS", {("a", "DDPM (eps)"): table1.Row("--model ddpm"), ("b", "self-perceptual"): table1.Row("--model casdm --self-perceptual JUDGE=0.1"),
-                                         ("b", "matched"): table1.Row("--model ddpm MATCHED"), ("b", "clamp"): table1.Row("", "clamp-mixed", "self-perceptual")})
+    monkeypatch.setattr(table1, "ROWS", {("a", "DDPM (eps)"): table1.Row("--model ddpm", steps=(10, 5)),
+                                         ("b", "self-perceptual"): table1.Row("--model casdm --self-perceptual JUDGE=0.1", steps=(10, 5)),
+                                         ("b", "matched"): table1.Row("--model ddpm MATCHED", steps=(10, 5)),
+                                         ("b", "clamp"): table1.Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
+                                         ("b", "long"): table1.Row("--model ddpm", share=2, steps=(5,))})
     monkeypatch.setattr(table1, "STEPS", (10, 5))
     monkeypatch.setattr(table1, "PAIRS", [])
     how = ["--data", "shapes", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
@@ -46,8 +49,9 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
     assert edges.run(table1.main, [*how, "--jobs", "3"]) == 0
     assert checkpoint.stat().st_mtime_ns == before
     found = {(line["row"], line["seed"]): line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
-    assert len(found) == 8 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
+    assert len(found) == 10 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
     assert "--res-blocks 2" in found["matched", 0]["flags"] and "ddpm-eps-1" in found["self-perceptual", 1]["flags"]
+    assert "20" in found["clamp", 0] and "5" not in found["clamp", 0] and read_checkpoint(tmp_path / "work/long-1/checkpoint.pt")["step"] == 4
     assert found["clamp", 0]["variant"] == "clamp-mixed" and not (tmp_path / "work/clamp-0/checkpoint.pt").exists()
     assert "| DDPM (eps) | 2 |" in capsys.readouterr().out
 
@@ -58,7 +62,7 @@ def test_a_signal_ends_every_run_saved_and_nothing_is_left_running(tmp_path):
     script = f"""if True:
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         import edges, table1
-        table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --iterations 100000 --batch-size 2", "", 4, 8, 2)}}
+        table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 100000, "", 4, 8, 2)}}
         sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {__file__!r}]))
     """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)

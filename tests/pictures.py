@@ -1,0 +1,103 @@
+r"""The pictures of the README's results, drawn from what table1.py left: its runs and its lines.
+
+    python tests/pictures.py --preset cpu      assets/rows.png     Table 1's rows, one a line, every column from the same noise
+                                               assets/gate.png     r_t over t: how much of each step the learned mix takes from x0'
+                                               assets/refined.png  figure 2's trace of Cas-DM + metric
+                                               assets/curves.png   FID-768 against sampling steps, and against training iterations
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import edges            # noqa: E402 (the modules lie one folder up)
+import sample           # noqa: E402
+import table1           # noqa: E402
+
+ROWS = [row for group, row in table1.ROWS if group == "table 1"]
+
+
+def draw_rows(experiment, path, columns=14):
+    """The same images of every row of Table 1, seed 0, most sampling steps: image i starts from the same noise in each."""
+    images = [np.load(experiment.place(row, 0) / f"{table1.STEPS[0]}.npz")["arr_0"][:columns] for row in ROWS]
+    plt = pyplot()
+    figure, axes = plt.subplots(len(ROWS), 1, figsize=(0.75 * columns, 0.78 * len(ROWS)))
+    for axis, row, shown in zip(axes, ROWS, images):
+        axis.imshow(np.concatenate(list(shown), 1))
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(row, rotation=0, ha="right", va="center")
+    save(figure, path)
+
+
+def draw_gate(experiment, path, n=64):
+    """r_t over t, of seed 0: its mean over n images and their positions, and its standard deviation over both."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    for row in (row for row in ROWS if row.startswith(("Dual", "Cas-DM"))):
+        model, schedule, settings = sample.load_model(experiment.place(row, 0) / "checkpoint.pt")
+        seen = []
+        sample.sample(model, schedule, (n, 3, settings["image_size"], settings["image_size"]), seed=0,
+                      watch=lambda t, x_t, x0_star, x0_hat, r_t: seen.append((t, r_t.mean().item(), r_t.std().item())))
+        t, mean, std = np.array(seen).T
+        axis.plot(t, mean, label=row)
+        axis.fill_between(t, mean - std, mean + std, alpha=0.15)
+    axis.set(xlabel="t", ylabel="r_t", ylim=(0, 1), title="weight of x0' in a step's mean")
+    axis.legend()
+    save(figure, path)
+
+
+def draw_curves(experiment, path):
+    """FID-768 of `table1.CURVES`, the mean over seeds and its standard error, against sampling steps and against iterations."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
+    fewest = str(table1.STEPS[-1])
+    for row in table1.CURVES:
+        flags = experiment.rows[row].flags
+        mine = [(experiment.rows[line["row"]], line) for line in experiment.lines()]
+        mine = [(how, line) for how, line in mine if not how.variant and (how.weights == row or how.flags == flags)]
+        at_steps = [(steps, line[str(steps)]["FID-768"]) for how, line in mine if how.share == 1 for steps in how.steps]
+        at_iterations = [(experiment.preset.iterations * how.share, line[fewest]["FID-768"]) for how, line in mine if fewest in line]
+        for axis, points in zip(axes, (at_steps, at_iterations)):
+            x = sorted({x for x, _ in points})
+            values = [[y for at, y in points if at == each] for each in x]
+            error = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
+            axis.errorbar(x, [np.mean(v) for v in values], error, marker="o", capsize=3, label=row)
+    axes[0].set(xscale="log", xlabel="sampling steps", ylabel="FID-768")
+    axes[1].set(xscale="log", xlabel="iterations", ylabel=f"FID-768, {fewest} steps")
+    axes[0].legend()
+    save(figure, path)
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def save(figure, path):
+    with edges.atomic(path) as f:
+        figure.savefig(f, format="png", dpi=110, bbox_inches="tight")
+    pyplot().close(figure)
+    print(f"{path} written")
+
+
+def main(argv=None):
+    p = edges.Parser(__doc__)
+    p.add_argument("--preset", choices=table1.PRESETS, default="cpu")
+    p.add_argument("--work", type=Path, help="where table1.py's runs lie (default: runs/table1-PRESET)")
+    p.add_argument("--results", type=Path, help="its lines (default: tests/table1_PRESET.jsonl)")
+    p.add_argument("--out", type=Path, default=ROOT / "assets")
+    a = p.parse_args(argv)
+    experiment = table1.Experiment(a.preset, a.work, a.results)
+    draw_rows(experiment, a.out / "rows.png")
+    draw_gate(experiment, a.out / "gate.png")
+    sample.main([str(experiment.place("Cas-DM + metric", 0) / "checkpoint.pt"), "--trace", str(a.out / "refined.png")])
+    draw_curves(experiment, a.out / "curves.png")
+
+
+if __name__ == "__main__":
+    sys.exit(edges.run(main))

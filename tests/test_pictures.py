@@ -1,0 +1,42 @@
+"""pictures.py draws what table1.py left: from tiny runs, every picture of the README's results."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edges
+import train
+from sample import save_npz
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pictures     # noqa: E402
+import table1       # noqa: E402
+
+
+@pytest.mark.slow
+def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, monkeypatch):
+    experiment, lines = table1.Experiment("cpu", tmp_path), []
+    save_npz(np.zeros((2, 16, 16, 3), np.uint8), tmp_path / "images.npz")
+    for row in pictures.ROWS:
+        flags = f"--data {tmp_path}/images.npz --channels 32 --res-blocks 1 --T 100 --iterations 1 --batch-size 2 --sample-every 0"
+        assert edges.run(train.main, [*flags.split(), *experiment.rows[row].flags.split(" --metric")[0].split(), "--out", str(experiment.place(row, 0))]) == 0
+        save_npz(np.full((20, 16, 16, 3), 128, np.uint8), experiment.place(row, 0) / "100.npz")
+    for seed in (0, 1):
+        for row, how in experiment.rows.items():
+            lines.append({"row": row, "seed": seed} | {str(steps): {"FID-768": 1 + seed + 10 / steps} for steps in how.steps})
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, gate = {}, pictures.draw_gate
+    monkeypatch.setattr(pictures, "draw_gate", lambda *how: gate(*how, n=2))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (drawn.setdefault(path.name, figure), save(figure, path)))
+    assert edges.run(pictures.main, ["--work", str(tmp_path), "--results", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path)]) == 0
+    for name in ("rows.png", "gate.png", "refined.png", "curves.png"):
+        assert min(Image.open(tmp_path / name).size) > 100
+    steps, iterations = (container.lines[0].get_xydata() for axis in drawn["curves.png"].axes for container in axis.containers[:1])
+    np.testing.assert_allclose(steps, [[x, 1.5 + 10 / x] for x in (5, 10, 20, 50, 100)])
+    np.testing.assert_allclose(iterations, [[x, 2.5] for x in (625, 1250, 2500, 5000)])
+
+
+save = pictures.save
