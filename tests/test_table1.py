@@ -40,13 +40,13 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
     monkeypatch.setattr(table1, "STEPS", (10, 5))
     monkeypatch.setattr(table1, "PAIRS", [])
     how = ["--data", "shapes", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
-    assert edges.run(table1.main, [*how, "--only", "a"]) == 0
+    assert edges.run(table1.main, [*how, "--group", "a"]) == 0
     lines = (tmp_path / "lines.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [0, 1]
     (tmp_path / "lines.jsonl").write_text(lines[0] + "\n")
     checkpoint = tmp_path / "work/ddpm-eps-1/checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns
-    assert edges.run(table1.main, [*how, "--jobs", "3"]) == 0
+    assert edges.run(table1.main, [*how, "--group", "all", "--jobs", "3"]) == 0
     assert checkpoint.stat().st_mtime_ns == before
     found = {(line["row"], line["seed"]): line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
     assert len(found) == 10 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
