@@ -53,11 +53,11 @@ def test_image_i_is_the_same_for_any_n_and_any_batch_size(checkpoint, tmp_path):
     assert abs(a[:3] - b).max() <= 1 and abs(a - c).max() <= 1 and abs(a[0] - a[1]).max() > 8
 
 
-def test_the_seed_changes_the_images_and_raw_takes_the_other_weights(checkpoint, tmp_path):
-    for name, flags in (("a", []), ("b", ["--seed", 1]), ("c", ["--raw"])):
+def test_the_seed_changes_the_images_raw_takes_the_other_weights_and_bf16_hardly_moves_them(checkpoint, tmp_path):
+    for name, flags in (("a", []), ("b", ["--seed", 1]), ("c", ["--raw"]), ("d", ["--precision", "bf16"])):
         assert run(checkpoint, "--n", 2, "--steps", 2, *flags, "--out", tmp_path / f"{name}.npz") == 0
-    a, b, c = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in "abc")
-    assert abs(a - b).max() > 8 and abs(a - c).max() > 8
+    a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in "abcd")
+    assert abs(a - b).max() > 8 and abs(a - c).max() > 8 and 0 < abs(a - d).mean() < 2
 
 
 def test_the_trace_is_a_picture(checkpoint, tmp_path):

@@ -6,12 +6,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import edges
+import train
+from refiner import build_model
 from sample import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 import table1       # noqa: E402
+import variants     # noqa: E402
 
 SCORER = """
 import json, sys, numpy as np
@@ -78,6 +83,40 @@ def test_a_signal_ends_every_run_saved_and_nothing_is_left_running(tmp_path):
     assert process.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
     assert [0 < read_checkpoint(log.with_name("checkpoint.pt"))["step"] < 100000 for log in logs] == [True, True]
     assert "which is saved" in (tmp_path / "output.log").read_text() and not (tmp_path / "lines.jsonl").exists()
+
+
+def test_every_rows_flags_mean_something_to_train(tmp_path, monkeypatch):
+    """Each row at each scale, with the metric named, the sizes matched, and the judge's place filled in."""
+    for preset in ("cpu", "paper"):
+        experiment = table1.Experiment(preset, tmp_path)
+        monkeypatch.setattr(experiment, "train", lambda row, seed: experiment.place(row, seed) / "checkpoint.pt")
+        for row, how in experiment.rows.items():
+            if not how.weights:
+                s, _ = train.parse_args(["--data", "cifar10", "--image-size", str(experiment.preset.image_size), *experiment.flags(row, 2)])
+                assert s["seed"] == 2 and s["iterations"] == experiment.preset.iterations * how.share
+                assert how.variant in ("", *variants.VARIANTS) and set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
+
+
+def test_one_network_is_matched_to_cas_dms_two():
+    """The size-matched rows have Cas-DM's parameters and operations to 4 %."""
+    for preset in (table1.PRESETS["cpu"], table1.PRESETS["paper"]):
+        sizes = {}
+        for model, more in (("casdm", ""), ("ddpm", preset.matched), ("dual", preset.matched)):
+            s, _ = train.parse_args(f"--data cifar10 --image-size {preset.image_size} --model {model} {preset.flags} {more}".split())
+            with torch.device("meta"):
+                nets = list(build_model(s).children())
+                with FlopCounterMode(display=False) as counter:
+                    for net in nets:
+                        net(torch.empty(1, 3, *[preset.image_size] * 2), torch.zeros(1))
+            sizes[model] = sum(p.numel() for net in nets for p in net.parameters()), counter.get_total_flops()
+        assert all(abs(mine / theirs - 1) < 0.04 for model in ("ddpm", "dual") for mine, theirs in zip(sizes[model], sizes["casdm"]))
+
+
+def test_table_1_comes_first_and_everything_goes_seed_by_seed(tmp_path):
+    wanted = table1.Experiment("cpu", tmp_path, tmp_path / "lines.jsonl").wanted("all")
+    assert [row for row, _ in wanted[:7]] == list(table1.PAPER)[:7] and [seed for _, seed in wanted[:21]] == [0] * 7 + [1] * 7 + [2] * 7
+    rest = [seed for _, seed in wanted[21:]]
+    assert rest == sorted(rest) and len(set(wanted)) == len(wanted) == 3 * len(table1.ROWS)
 
 
 def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys):
