@@ -38,9 +38,11 @@ sys.path.insert(0, str(ROOT))
 
 import data             # noqa: E402 (the modules lie one folder up)
 import edges            # noqa: E402
+from sample import save_npz     # noqa: E402
 
 SCORER = ROOT / "../shared/tools/score.py"
 STEPS = (100, 10)
+DIGITS = {"FID-768": 3, "sFID": 2}      # of the scores, behind the point
 
 
 class Preset(NamedTuple):
@@ -55,7 +57,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "cpu": Preset(16, "--channels 32 --res-blocks 1 --batch-size 32 --lr 5e-4", 2500, "--res-blocks 3", 2048, 10_000, 3),
-    "gpu": Preset(32, "--precision bf16", 5000, "--res-blocks 7", 10_000, 50_000, 3),
+    "gpu": Preset(32, "--precision bf16", 5000, "--res-blocks 7", 10_000, 40_000, 3),
     "paper": Preset(32, "", 400_000, "--res-blocks 7", 50_000, 50_000, 3),
 }
 METRIC_SIZE = {16: "--metric-size 64"}      # by image size; the paper's 224 for its own sizes
@@ -78,6 +80,7 @@ ROWS = {
     ("table 1", "Dual + metric"): Row("--model dual --metric METRIC=0.1"),
     ("table 1", "Cas-DM"): Row("--model casdm"),
     ("table 1", "Cas-DM + metric"): Row("--model casdm --metric METRIC=0.1"),
+    ("table 1", "training images"): Row(steps=()),
     ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
     ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
     ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
@@ -98,6 +101,7 @@ CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")        # scored against ste
 ROWS |= {("curves", f"{row}, other steps"): Row(weights=row, steps=(50, 20, 5)) for row in CURVES}
 ROWS |= {("curves", f"{row}, {share} x the iterations"): Row(ROWS["table 1", row].flags, share=share, steps=STEPS[-1:]) for share in (0.5, 2, 4) for row in CURVES}
 JUDGE = "DDPM (eps)"        # of the self-perceptual metric
+REAL = "training images"    # beside the reference: what a perfect model would score with as many images
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
 PAPER = {"DDPM (eps)": (6.79, 4.97), "DDPM (x0)": (17.78, 6.69), "DDPM (x0) + metric": (9.34, 6.94), "Dual": (6.52, 4.60), "Dual + metric": (5.65, 4.89),
          "Cas-DM": (6.80, 5.03), "Cas-DM + metric": (6.40, 4.87), "Fix-Res": (6.40, None), "Fix-Res + metric": (6.28, None), "Fix-Res, concat": (7.08, None)}
@@ -124,8 +128,12 @@ class Experiment:
         """Trains, samples and scores one row with one seed, from wherever an earlier attempt got to, and writes its line."""
         how, begun = self.rows[row], time.monotonic()
         tqdm.write(f"{row}, seed {seed}")
-        checkpoint, place = self.train(how.weights or row, seed), self.place(row, seed)
+        place = self.place(row, seed)
         place.mkdir(exist_ok=True)
+        if row == REAL:
+            self.save_real(place / "real.npz", self.preset.reference + seed * self.preset.samples, self.preset.samples)
+        else:
+            checkpoint = self.train(how.weights or row, seed)
         line = {"row": row, "seed": seed, "flags": " ".join(map(str, self.flags(row, seed))), "variant": how.variant, "commit": commit(),
                 "metric": self.metric, "n": self.preset.samples}
         for steps in how.steps:
@@ -134,6 +142,8 @@ class Experiment:
                 self.programs.call("sample.py", checkpoint, "--n", self.preset.samples, "--steps", steps, "--seed", seed, "--batch-size", 128,
                                    "--precision", "bf16", "--out", images, variant=how.variant)
             line[str(steps)] = self.score(images)
+        if row == REAL:
+            line |= dict.fromkeys(map(str, STEPS), self.score(place / "real.npz"))
         line["seconds"] = round(time.monotonic() - begun)
         with self.locks["results"], open(self.results, "a") as f:
             f.write(json.dumps(line) + "\n")
@@ -163,20 +173,23 @@ class Experiment:
 
     def score(self, images):
         said = self.programs.call(self.scorer, images, "--stats", self.statistics(), "--json", capture=True)
-        return {key: value for key, value in json.loads(said).items() if key in ("FID-768", "sFID")}
+        return {key: value for key, value in json.loads(said).items() if key in DIGITS}
 
     def statistics(self):
         """The scorer's statistics of the training images, which it makes once."""
         path = self.folder / f"statistics_{self.preset.image_size}_{self.preset.reference}.npz"
         with self.locks[path]:
             if not path.exists():
-                images = data.load_images(self.source, self.preset.image_size).pixels
-                chosen = np.sort(data.stream(0, "reference", 0).permutation(len(images))[:self.preset.reference])
-                with edges.atomic(self.folder / "reference.npz") as f:
-                    np.savez(f, arr_0=images[chosen])
+                self.save_real(self.folder / "reference.npz", 0, self.preset.reference)
                 self.programs.call(self.scorer, self.folder / "reference.npz", "--make-stats", "--stats", path.with_suffix(".partial.npz"))
                 os.replace(path.with_suffix(".partial.npz"), path)
         return path
+
+    def save_real(self, path, first, n):
+        """n training images, in an order drawn once; past the last one the first come again."""
+        images = data.load_images(self.source, self.preset.image_size).pixels
+        order = data.stream(0, "reference", 0).permutation(len(images))
+        save_npz(images[np.sort(order.take(range(first, first + n), mode="wrap"))], path)
 
     def lines(self):
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
@@ -239,26 +252,26 @@ def table(lines):
     found = {}
     for line in lines:
         found.setdefault(line["row"], {})[line["seed"]] = line
-    columns = [(str(steps), score) for steps in STEPS for score in ("FID-768", "sFID")]
+    columns = [(str(steps), score) for steps in STEPS for score in DIGITS]
     print(f"metric: {', '.join(sorted({line['metric'] for line in lines}))}; {', '.join(sorted({str(line['n']) for line in lines}))} images a score; "
           f"commits {', '.join(sorted({line['commit'] for line in lines}))}\n")
     print(markdown("row", "seeds", *[f"{score}, {steps} steps" for steps, score in columns], "paper's FID, sFID"))
     print(markdown(*["---"] * 7))
-    for row in (row for (_, row), how in ROWS.items() if row in found and how.steps == STEPS):
+    for row in (row for (_, row), how in ROWS.items() if row in found and how.steps in (STEPS, ())):
         paper = ", ".join(f"{value:.2f}" for value in PAPER.get(row, ()) if value)
-        print(markdown(row, len(found[row]), *[spread([line[steps][score] for line in found[row].values()]) for steps, score in columns], paper))
+        print(markdown(row, len(found[row]), *[spread([line[steps][score] for line in found[row].values()], DIGITS[score]) for steps, score in columns], paper))
     print(f"\n{markdown('difference', 'seeds', *[f'{score}, {steps} steps' for steps, score in columns], 'paper')}\n{markdown(*['---'] * 7)}")
     for a, b in PAIRS:
         seeds = sorted(found.get(a, {}).keys() & found.get(b, {}).keys())
         if seeds:
             paper = ", ".join(f"{x - y:+.2f}" for x, y in zip(PAPER.get(a, ()), PAPER.get(b, ())) if x and y)
-            print(markdown(f"{a} - {b}", len(seeds), *[spread([found[a][s][steps][score] - found[b][s][steps][score] for s in seeds], "+")
+            print(markdown(f"{a} - {b}", len(seeds), *[spread([found[a][s][steps][score] - found[b][s][steps][score] for s in seeds], DIGITS[score], "+")
                                                        for steps, score in columns], paper))
 
 
-def spread(values, sign=""):
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{error}"
+def spread(values, digits, sign=""):
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{error}"
 
 
 def markdown(*cells):

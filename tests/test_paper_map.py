@@ -1,11 +1,13 @@
 """README's tables are held against the code: every name exists, and cites what the table says."""
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import losses
+import table1
 import train
 from refiner import DEFAULTS
 
@@ -54,6 +56,14 @@ def test_every_command_of_the_tables_is_accepted(row):
         if "--steps" not in command:
             s, _ = train.parse_args(["--data", "cifar10", "--eval-every", "20000", *command.split()])
             assert s["channels"] == DEFAULTS["channels"]
+
+
+def test_the_results_are_those_of_the_lines(capsys):
+    """Every row of README's results is printed by `tests/table1.py --print`, and none is left out."""
+    for path in (ROOT / "tests").glob("table1_*.jsonl"):
+        table1.table([json.loads(line) for line in path.read_text().splitlines()])
+    results = README.split("## Results\n")[1].split("\n## ")[0].splitlines()
+    assert [line for line in results if line.startswith("|")] == [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
 
 
 def test_every_file_is_in_the_reading_order_and_every_choice_in_the_table():

@@ -1,19 +1,15 @@
 """pictures.py draws what table1.py left: from tiny runs, every picture of the README's results."""
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import edges
+import pictures
+import table1
 import train
 from sample import save_npz
-
-sys.path.insert(0, str(Path(__file__).parent))
-import pictures     # noqa: E402
-import table1       # noqa: E402
 
 
 @pytest.mark.slow

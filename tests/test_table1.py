@@ -5,18 +5,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import edges
+import table1
 import train
+import variants
 from refiner import build_model
 from sample import read_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-import table1       # noqa: E402
-import variants     # noqa: E402
 
 SCORER = """
 import json, sys, numpy as np
@@ -41,7 +40,7 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
                                          ("b", "self-perceptual"): table1.Row("--model casdm --self-perceptual JUDGE=0.1", steps=(10, 5)),
                                          ("b", "matched"): table1.Row("--model ddpm MATCHED", steps=(10, 5)),
                                          ("b", "clamp"): table1.Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
-                                         ("b", "long"): table1.Row("--model ddpm", share=2, steps=(5,))})
+                                         ("b", table1.REAL): table1.Row(steps=()), ("b", "long"): table1.Row("--model ddpm", share=2, steps=(5,))})
     monkeypatch.setattr(table1, "STEPS", (10, 5))
     monkeypatch.setattr(table1, "PAIRS", [])
     how = ["--data", "shapes", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
@@ -54,9 +53,11 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
     assert edges.run(table1.main, [*how, "--group", "all", "--jobs", "3"]) == 0
     assert checkpoint.stat().st_mtime_ns == before
     found = {(line["row"], line["seed"]): line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
-    assert len(found) == 10 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
+    assert len(found) == 12 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
     assert "--res-blocks 2" in found["matched", 0]["flags"] and "ddpm-eps-1" in found["self-perceptual", 1]["flags"]
     assert "20" in found["clamp", 0] and "5" not in found["clamp", 0] and read_checkpoint(tmp_path / "work/long-1/checkpoint.pt")["step"] == 4
+    real = [np.load(tmp_path / f"work/training-images-{seed}/real.npz")["arr_0"] for seed in (0, 1)]
+    assert len(real[0]) == 4 and not np.array_equal(*real) and found[table1.REAL, 1]["10"]["FID-768"] == real[1].mean()
     assert found["clamp", 0]["variant"] == "clamp-mixed" and not (tmp_path / "work/clamp-0/checkpoint.pt").exists()
     assert "| DDPM (eps) | 2 |" in capsys.readouterr().out
 
@@ -91,7 +92,7 @@ def test_every_rows_flags_mean_something_to_train(tmp_path, monkeypatch):
         experiment = table1.Experiment(preset, tmp_path)
         monkeypatch.setattr(experiment, "train", lambda row, seed: experiment.place(row, seed) / "checkpoint.pt")
         for row, how in experiment.rows.items():
-            if not how.weights:
+            if how.flags:
                 s, _ = train.parse_args(["--data", "cifar10", "--image-size", str(experiment.preset.image_size), *experiment.flags(row, 2)])
                 assert s["seed"] == 2 and s["iterations"] == experiment.preset.iterations * how.share
                 assert how.variant in ("", *variants.VARIANTS) and set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
@@ -114,8 +115,8 @@ def test_one_network_is_matched_to_cas_dms_two():
 
 def test_table_1_comes_first_and_everything_goes_seed_by_seed(tmp_path):
     wanted = table1.Experiment("cpu", tmp_path, tmp_path / "lines.jsonl").wanted("all")
-    assert [row for row, _ in wanted[:7]] == list(table1.PAPER)[:7] and [seed for _, seed in wanted[:21]] == [0] * 7 + [1] * 7 + [2] * 7
-    rest = [seed for _, seed in wanted[21:]]
+    assert [row for row, _ in wanted[:8]] == [*list(table1.PAPER)[:7], table1.REAL] and [seed for _, seed in wanted[:24]] == [0] * 8 + [1] * 8 + [2] * 8
+    rest = [seed for _, seed in wanted[24:]]
     assert rest == sorted(rest) and len(set(wanted)) == len(wanted) == 3 * len(table1.ROWS)
 
 
@@ -124,8 +125,8 @@ def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys
         return {"row": row, "seed": seed, "metric": "lpips", "n": 4, "commit": "c", "100": {"FID-768": fid, "sFID": 1.0}, "10": {"FID-768": 0.0, "sFID": 0.0}}
     table1.table([line("Dual", 0, 1.0), line("Dual", 1, 3.0), line("Dual + metric", 1, 2.5), line("Dual + metric", 2, 9.0)])
     said = capsys.readouterr().out
-    assert "| Dual | 2 | 2.00 ± 1.00 | 1.00 ± 0.00 | 0.00 ± 0.00 | 0.00 ± 0.00 | 6.52, 4.60 |" in said
-    assert "| Dual + metric - Dual | 1 | -0.50 | +0.00 | +0.00 | +0.00 | -0.87, +0.29 |" in said
+    assert "| Dual | 2 | 2.000 ± 1.000 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.00 ± 0.00 | 6.52, 4.60 |" in said
+    assert "| Dual + metric - Dual | 1 | -0.500 | +0.00 | +0.000 | +0.00 | -0.87, +0.29 |" in said
 
 
 def test_a_scorer_that_is_not_there_is_one_line(tmp_path, capsys):

@@ -1,19 +1,14 @@
 """variants.py: each variant differs from our choice by what its name says, and by nothing else."""
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 import edges
 import refiner
+import variants
 from diffusion import Prediction, clean_estimates, cosine_schedule, mix, respace, x0_from_eps
 from sample import p_sample
 from test_sample import small_casdm
-
-sys.path.insert(0, str(Path(__file__).parent))
-import variants     # noqa: E402
 
 SCHEDULE = cosine_schedule()
 
