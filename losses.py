@@ -189,9 +189,13 @@ def swin():
 
 
 def squeezenet():
-    """Beyond the paper: 5 MB of weights where VGG-16's are 528."""
-    stages = [f"features.{i}" for i in (1, 4, 7, 12)]
-    return FeatureDistance(_pretrained(_skeleton(tv.squeezenet1_1), stages, tv.SqueezeNet1_1_Weights.IMAGENET1K_V1, "--metric squeezenet"))
+    """Beyond the paper, LPIPS's stand-in with 5 MB of weights: LPIPS Eq. 1 with every channel's weight 1 and the mean over the layers.
+
+    It has LPIPS's scale, 0.2 to 1 for blurred images, so that a lambda means the same; differences of the plain features are a hundred times larger.
+    """
+    stages = {"features.1": 64, "features.4": 128, "features.7": 256, "features.12": 512}       # channels
+    extractor = _pretrained(_skeleton(tv.squeezenet1_1), list(stages), tv.SqueezeNet1_1_Weights.IMAGENET1K_V1, "--metric squeezenet")
+    return FeatureDistance(extractor, weights=[torch.full((1, c, 1, 1), 1 / len(stages)) for c in stages.values()])
 
 
 def ssim():

@@ -402,15 +402,19 @@ def test_weights_of_another_network_raise_one_line(tmp_path, monkeypatch, state)
 
 # ---- the other networks (Cas-DM Table 3) ----
 
-def plain_distance(net, stages, x0_hat, x0, size, mean, std):
-    """Mean over the stages of the mean squared difference, by hooks on torchvision's own network."""
+def mean_square(f, g):
+    return (f - g).square().flatten(1).mean(1)
+
+
+def distance(net, stages, x0_hat, x0, size, mean, std, layer=mean_square):
+    """Mean over the stages of a layer's distance, by hooks on torchvision's own network."""
     features = {}
     for name in stages:
         net.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: features.setdefault(name, []).append(out))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
     for x in (x0_hat, x0):
         net(((nn.functional.interpolate(x, size=(size, size), mode="bilinear") + 1) / 2 - mean) / std)
-    return torch.stack([(f - g).square().flatten(1).mean(1) for f, g in features.values()]).mean(0)
+    return torch.stack([layer(f, g) for f, g in features.values()]).mean(0)
 
 
 IMAGENET = dict(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -432,7 +436,7 @@ def test_table3_metric_is_the_mean_squared_difference_of_four_stages(name, tmp_p
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     metric, (x0_hat, x0) = losses.METRICS[name](), pictures(2)
     with torch.no_grad():
-        expected = plain_distance(net, stages, x0_hat, x0, **images)
+        expected = distance(net, stages, x0_hat, x0, **images)
     assert_close(metric(x0_hat, x0), expected, rtol=1e-3, atol=1e-7)
     assert not metric(x0, x0).any() and (expected > 0).all()
     leaf = x0_hat.requires_grad_()
@@ -442,16 +446,18 @@ def test_table3_metric_is_the_mean_squared_difference_of_four_stages(name, tmp_p
 
 
 @pytest.mark.skipif(not TORCH_HOME.is_dir(), reason="../shared/data/torch_home, with SqueezeNet's weights, is not here")
-def test_squeezenet_is_the_mean_squared_difference_of_four_stages(monkeypatch):
-    """With its ImageNet weights it agrees with hooks on torchvision's own network, is 0 for equal images, and trains the prediction."""
+def test_squeezenet_is_lpips_of_four_stages_without_its_weights(monkeypatch):
+    """2 - 2 cos of the channels' angle, mean over positions and stages, by hooks on torchvision's own network with its ImageNet weights; it is
+    0 for equal images, at most 2, and trains the prediction (LPIPS Eq. 1)."""
     monkeypatch.setenv("TORCH_HOME", str(TORCH_HOME))
     metric, (x0_hat, x0) = squeezenet(), pictures(2)
     net = tv.squeezenet1_1(weights=None).eval()
     net.load_state_dict(torch.load(TORCH_HOME / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth"))
     with torch.no_grad():
-        expected = plain_distance(net, ["features.1", "features.4", "features.7", "features.12"], x0_hat, x0, **IMAGENET)
-    assert_close(metric(x0_hat, x0), expected, rtol=1e-4, atol=1e-6)
-    assert not metric(x0, x0).any() and (expected > 0.01).all()
+        expected = distance(net, ["features.1", "features.4", "features.7", "features.12"], x0_hat, x0, **IMAGENET,
+                            layer=lambda f, g: (2 - 2 * nn.functional.cosine_similarity(f, g, eps=1e-10)).mean((1, 2)))
+    assert_close(metric(x0_hat, x0), expected, rtol=1e-3, atol=1e-4)
+    assert not metric(x0, x0).any() and (expected > 0.1).all() and (expected < 2).all()
     leaf = x0_hat.requires_grad_()
     assert torch.autograd.grad(metric(leaf, x0).sum(), leaf)[0].any()
     assert {p.dtype for p in metric.parameters()} == {torch.float32}
