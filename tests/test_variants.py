@@ -62,6 +62,17 @@ def test_without_a_ramp_the_first_average_is_nearly_the_start():
     assert_close(Run.averages[0], torch.full((2,), 1e-4))
 
 
+@pytest.mark.parametrize("line, says", [("r-square train.py", "r-square"), ("r-free fid.py", "fid.py"), ("r-free", "script"), ("r-free sample.py nowhere.pt", "nowhere.pt")])
+def test_what_is_no_variant_or_script_is_one_line(line, says, capsys, monkeypatch):
+    monkeypatch.setattr(refiner.CasDM, "forward", refiner.CasDM.forward)        # put back at the end
+    try:
+        assert edges.run(variants.main, line.split()) == 1
+    except SystemExit as end:
+        assert end.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_a_variant_trains_and_samples(name, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ r"""Our choices where the paper is silent, each turned round, so that table1.py 
 
 A variant replaces one function of the project while the script runs; none of them is an option of the project, because none is meant to stay.
 """
-import importlib
+import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import losses           # noqa: E402
 import refiner          # noqa: E402
 import run              # noqa: E402
 import sample           # noqa: E402
+import train            # noqa: E402
 
 
 def cascade(see=lambda x0_star: x0_star.clamp(-1, 1), squash=torch.sigmoid):
@@ -64,10 +65,14 @@ VARIANTS = {
 
 def main(argv=None):
     """Runs a script of the project under a variant."""
-    name, script, *arguments = sys.argv[1:] if argv is None else argv
-    for place, function, replacement in VARIANTS[name]:
+    p = edges.Parser(__doc__)
+    p.add_argument("variant", choices=VARIANTS)
+    p.add_argument("script", type=lambda path: Path(path).name, choices=("train.py", "sample.py"))
+    p.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    a = p.parse_args(argv)
+    for place, function, replacement in VARIANTS[a.variant]:
         setattr(place, function, replacement)
-    return importlib.import_module(Path(script).stem).main(arguments)
+    return {"train.py": train, "sample.py": sample}[a.script].main(a.arguments)
 
 
 if __name__ == "__main__":
