@@ -76,7 +76,7 @@ def test_every_file_is_in_the_reading_order_and_every_choice_in_the_table():
 
 
 def test_every_metric_and_flag_that_readme_names_exists():
-    known = set(re.findall(r"--[\w-]+", "".join((ROOT / f"{f}.py").read_text() for f in ("train", "sample", "fid", "tests/benchmark"))))
+    known = set(re.findall(r"--[\w-]+", "".join((ROOT / f"{f}.py").read_text() for f in ("train", "sample", "fid", "tests/benchmark", "tests/table1"))))
     flags = {flag for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)}
     added = {f"--{name.replace('_', '-')}" for name in train.PAPER}
     assert flags <= known | added | {"--help", "--nproc_per_node"}, flags - known - added
