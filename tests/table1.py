@@ -92,6 +92,7 @@ ROWS = {
     ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
     ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
     ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
+    ("choices", "r_t = 1 in sampling"): Row("--model casdm", "r-one", weights="Cas-DM"),
     ("choices", "x0 clamped after mixing"): Row("--model casdm", "clamp-mixed", weights="Cas-DM"),
     ("choices", "L_mu / coef1^2"): Row("--model casdm", "mu-scaled"),
     ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
@@ -139,7 +140,8 @@ class Experiment:
             self.save_real(place / "real.npz", self.preset.reference + seed * self.preset.samples, self.preset.samples)
         else:
             checkpoint = self.train(how.weights or row, seed)
-        line = {"row": row, "seed": seed, "flags": " ".join(map(str, self.flags(row, seed))), "variant": how.variant, "commit": commit(),
+        flags = self.flags(how.weights or row, seed) if row != REAL else []
+        line = {"row": row, "seed": seed, "flags": " ".join(flags), "variant": how.variant, "commit": commit(),
                 "metric": self.metric, "n": self.preset.samples}
         for steps in how.steps:
             images = place / f"{steps}.npz"

@@ -33,6 +33,8 @@ def test_each_cascade_changes_its_part_alone():
     assert torch.equal(open_.eps_hat, ours.eps_hat) and not torch.equal(open_.x0_hat, ours.x0_hat)
     assert torch.equal(free.x0_hat, ours.x0_hat)
     assert_close(free.r_t.sigmoid(), ours.r_t)
+    one = variants.VARIANTS["r-one"][0][2](model, x_t, t)
+    assert torch.equal(one.x0_hat, ours.x0_hat) and (one.r_t == 1).all() and one.r_t.shape == ours.r_t.shape
 
 
 def test_clamping_the_mix_is_ours_where_nothing_is_clamped_and_ends_in_range():
@@ -81,4 +83,4 @@ def test_a_variant_trains_and_samples(name, tmp_path, monkeypatch):
     small = ["--channels", "32", "--T", "10", "--iterations", "2", "--batch-size", "2", "--sample-every", "0"]
     assert edges.run(variants.main, [name, "train.py", *small, "--out", str(tmp_path / "run")]) == 0
     assert edges.run(variants.main, [name, "sample.py", str(tmp_path / "run/checkpoint.pt"), "--n", "2", "--steps", "10", "--out", str(tmp_path / "x.npz")]) == 0
-    assert (name in ("phi-unclamped", "r-free")) == (refiner.CasDM.forward.__qualname__ != "CasDM.forward")
+    assert (name in ("phi-unclamped", "r-free", "r-one")) == (refiner.CasDM.forward.__qualname__ != "CasDM.forward")

@@ -57,6 +57,7 @@ def constant_decay(self):
 VARIANTS = {
     "phi-unclamped": [(refiner.CasDM, "forward", cascade(see=lambda x0_star: x0_star))],
     "r-free": [(refiner.CasDM, "forward", cascade(squash=lambda r_t: r_t))],
+    "r-one": [(refiner.CasDM, "forward", cascade(squash=torch.ones_like))],
     "clamp-mixed": [(sample, "clean_estimates", unclamped), (sample, "p_sample", clamp_mixed)],
     "no-ramp": [(run.Run, "update_ema", constant_decay)],
     "mu-scaled": [(losses, "mu_loss", scaled_mu_loss)],
