@@ -1,7 +1,7 @@
 r"""The pictures of the README's results, drawn from what table1.py left: its runs and its lines.
 
     python tests/pictures.py --preset cpu      assets/rows.png     Table 1's rows, one a line, every column from the same noise
-                                               assets/gate.png     r_t over t: how much of each step the learned mix takes from x0'
+                                               assets/gate.png     r_t over t: how much of a step the learned mix takes from x0', and how much it should
                                                assets/refined.png  figure 2's trace of Cas-DM + metric
                                                assets/curves.png   FID-768 against sampling steps, and against training iterations
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -16,6 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import edges            # noqa: E402 (the modules lie one folder up)
 import sample           # noqa: E402
 import table1           # noqa: E402
+from data import from_pixels, stream                    # noqa: E402
+from diffusion import clean_estimates, q_sample         # noqa: E402
 
 ROWS = [row for group, row in table1.ROWS if group == "table 1" and row != table1.REAL]
 
@@ -32,21 +35,33 @@ def draw_rows(experiment, path, columns=14):
     save(figure, path)
 
 
+@torch.inference_mode()
 def draw_gate(experiment, path, n=64):
-    """r_t over t, of seed 0: its mean over n images and their positions, and its standard deviation over both."""
+    """r_t over t, of seed 0, for n training images noised alike: its mean over images and positions; dashed, the best r for all of them."""
+    x0 = from_pixels(torch.from_numpy(np.load(experiment.folder / "reference.npz")["arr_0"][:n]))
+    eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.5))
     for row in (row for row in ROWS if row.startswith(("Dual", "Cas-DM"))):
-        model, schedule, settings = sample.load_model(experiment.place(row, 0) / "checkpoint.pt")
-        seen = []
-        sample.sample(model, schedule, (n, 3, settings["image_size"], settings["image_size"]), seed=0,
-                      watch=lambda t, x_t, x0_star, x0_hat, r_t: seen.append((t, r_t.mean().item(), r_t.std().item())))
-        t, mean, std = np.array(seen).T
-        axis.plot(t, mean, label=row)
-        axis.fill_between(t, mean - std, mean + std, alpha=0.15)
-    axis.set(xlabel="t", ylabel="r_t", ylim=(0, 1), title="weight of x0' in a step's mean")
+        model, schedule, _ = sample.load_model(experiment.place(row, 0) / "checkpoint.pt")
+        steps, found = np.geomspace(1, len(schedule.beta) - 1, 25).round().astype(int), []
+        for step in steps.tolist():
+            t = torch.full((len(x0),), step)
+            x_t = q_sample(x0, t, eps, schedule)
+            pred = model(x_t, t)
+            found.append((pred.r_t.mean().item(), best_r(x0, *clean_estimates(x_t, t, pred, schedule))))
+        learned, best = zip(*found)
+        line, = axis.semilogx(steps, learned, label=row)
+        axis.semilogx(steps, best, "--", color=line.get_color())
+    axis.set(xlabel="t", ylabel="r_t", title="weight of x0': learned, and (dashed) the best for these images")
     axis.legend()
     save(figure, path)
+
+
+def best_r(x0, x0_star, x0_hat):
+    """<x0 - x0*, x0' - x0*> / ||x0' - x0*||^2, the one r at which r x0' + (1 - r) x0* is nearest to x0, and L_mu least."""
+    towards = x0_hat - x0_star
+    return (((x0 - x0_star) * towards).sum() / towards.square().sum()).item()
 
 
 def draw_curves(experiment, path):

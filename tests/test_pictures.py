@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import edges
@@ -10,6 +11,14 @@ import pictures
 import table1
 import train
 from sample import save_npz
+
+
+def test_the_best_r_is_the_one_that_the_image_was_mixed_with():
+    """x0 = 0.3 x0' + 0.7 x0*, and anything at right angles to x0' - x0* changes nothing (Cas-DM Eqs. 11, 12)."""
+    x0_star, x0_hat, other = torch.randn(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    towards = x0_hat - x0_star
+    other -= (other * towards).sum() / towards.square().sum() * towards
+    assert abs(pictures.best_r(0.3 * x0_hat + 0.7 * x0_star + other, x0_star, x0_hat) - 0.3) < 1e-12
 
 
 @pytest.mark.slow
@@ -24,6 +33,7 @@ def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, monkeypa
         for row, how in experiment.rows.items():
             lines.append({"row": row, "seed": seed} | {str(steps): {"FID-768": 1 + seed + 10 / steps} for steps in how.steps})
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_npz(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8), tmp_path / "reference.npz")
     drawn, gate = {}, pictures.draw_gate
     monkeypatch.setattr(pictures, "draw_gate", lambda *how: gate(*how, n=2))
     monkeypatch.setattr(pictures, "save", lambda figure, path: (drawn.setdefault(path.name, figure), save(figure, path)))
