@@ -1,7 +1,7 @@
 r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with error bars.
 
     python tests/table1.py --preset cpu --data images.npz      Table 1's runs that have no line in tests/table1_cpu.jsonl yet; then the table
-    python tests/table1.py --preset cpu --group all            so for all groups: table 1, lambda, size, choices, table 3, table 4, curves
+    python tests/table1.py --preset cpu --group all            so for all groups: table 1, size, choices, lambda, table 3, table 4, curves
     python tests/table1.py --preset paper --jobs 8             eight runs side by side, each on its GPU, or its share of the cores
     python tests/table1.py --preset cpu --print                the table of the lines that are there
 
@@ -86,16 +86,16 @@ ROWS = {
     ("table 1", "Cas-DM"): Row("--model casdm"),
     ("table 1", "Cas-DM + metric"): Row("--model casdm --metric METRIC=0.1"),
     ("table 1", "training images"): Row(steps=()),
-    ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
-    ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
     ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
     ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
+    ("choices", "L_mu / coef1^2"): Row("--model casdm", "mu-scaled"),
     ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
     ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
     ("choices", "r_t = 1 in sampling"): Row("--model casdm", "r-one", weights="Cas-DM"),
     ("choices", "x0 clamped after mixing"): Row("--model casdm", "clamp-mixed", weights="Cas-DM"),
-    ("choices", "L_mu / coef1^2"): Row("--model casdm", "mu-scaled"),
     ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
+    ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
+    ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
     ("table 3", "SSIM"): Row("--model casdm --metric ssim=0.1"),
     ("table 3", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
     ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual JUDGE=0.1"),
