@@ -322,8 +322,9 @@ def main(argv=None):
     p.add_argument("--print", action="store_true", help="the table alone")
     a = p.parse_args(argv)
     source = a.data if a.data in data.DATASETS else Path(a.data).absolute()
-    experiment = Experiment(a.preset, a.work, a.results, source, edges.existing(a.scorer, "program that scores images").absolute(), a.jobs)
+    experiment = Experiment(a.preset, a.work, a.results, source, a.scorer.absolute(), a.jobs)
     if not a.print:
+        edges.existing(a.scorer, "program that scores images")
         run_all(experiment, experiment.wanted(a.group))
     if not experiment.lines():
         raise ValueError(f"{experiment.results} has no line; expected finished runs; leave --print out")

@@ -145,5 +145,5 @@ def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys
 
 
 def test_a_scorer_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert edges.run(table1.main, ["--print", "--scorer", str(tmp_path / "nowhere.py")]) == 1
+    assert edges.run(table1.main, ["--scorer", str(tmp_path / "nowhere.py")]) == 1
     assert "nowhere.py does not exist" in capsys.readouterr().err
