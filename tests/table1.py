@@ -12,7 +12,7 @@ means are over seeds with their standard error, differences are of equal seeds. 
 those that it evaluates.  FID-768 is no FID: it takes 768 features of a layer before FID's.
 
 presets:
-    cpu      16 x 16, 32 channels, 1 block, 2,500 iterations of 32; 2,048 images a score, against 10,000; table 1 takes some 4 hours of two cores with --jobs 2
+    cpu      16 x 16, 32 channels, 1 block, 2,500 iterations of 32; 2,048 images a score, against 10,000; Table 1 takes some 5 hours of two cores with --jobs 2
     gpu      32 x 32, the paper's networks in bf16, 5,000 iterations of 128; 10,000 images a score
     paper    the paper's settings: 400,000 iterations of 128; 50,000 images a score
 """
