@@ -88,7 +88,7 @@ ROWS = {
     ("table 1", "training images"): Row(steps=()),
     ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
     ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
-    ("choices", "L_mu / coef1^2"): Row("--model casdm", "mu-scaled"),
+    ("choices", "L_mu / coef1^2, clamped"): Row("--model casdm", "mu-scaled"),
     ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
     ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
     ("choices", "r_t = 1 in sampling"): Row("--model casdm", "r-one", weights="Cas-DM"),

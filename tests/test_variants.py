@@ -6,7 +6,8 @@ from torch.testing import assert_close
 import edges
 import refiner
 import variants
-from diffusion import Prediction, clean_estimates, cosine_schedule, mix, respace, x0_from_eps
+from diffusion import Prediction, clean_estimates, cosine_schedule, eps_from_x0, mix, mu_from_x0, respace
+from losses import mu_loss
 from sample import p_sample
 from test_sample import small_casdm
 
@@ -49,12 +50,19 @@ def test_clamping_the_mix_is_ours_where_nothing_is_clamped_and_ends_in_range():
     assert torch.equal(clean_estimates(x_t, first, pred, chain)[1], wide[1].clamp(-1, 1))
 
 
-def test_scaled_mu_loss_is_the_error_of_the_mixed_clean_image():
-    """L_mu / coef1^2 = || x0 - (r_t x0' + (1 - r_t) x0*) ||^2 at every t (Cas-DM Eqs. 7, 11, 12)."""
+def test_scaled_mu_loss_is_l_mu_over_coef1_squared_where_nothing_is_clamped_and_never_explodes():
+    """|| x0 - (r_t x0' + (1 - r_t) x0*) ||^2 at every t; r_t alone has a gradient (Cas-DM Eqs. 7, 11, 12)."""
     x0, x_t, pred = drawn(40)
     t = torch.arange(1, 4001, 100)
-    mixed = mix(pred.x0_hat, x0_from_eps(x_t, t, pred.eps_hat, SCHEDULE), pred.r_t)
-    assert_close(variants.scaled_mu_loss(pred, x0, x_t, t, SCHEDULE), (x0 - mixed).square().mean((1, 2, 3)), rtol=1e-6, atol=0)
+    small = [0.2 * x.clamp(-1, 1) for x in (pred.eps_hat, pred.x0_hat)]
+    inside = Prediction(eps_from_x0(x_t, t, small[0], SCHEDULE), small[1], pred.r_t)
+    coef1 = mu_from_x0(torch.zeros_like(x0), t, torch.ones_like(x0), SCHEDULE)[:, 0, 0, 0]
+    assert_close(variants.scaled_mu_loss(inside, x0, x_t, t, SCHEDULE), mu_loss(inside, x0, x_t, t, SCHEDULE) / coef1 ** 2, rtol=1e-6, atol=0)
+    leaves = [p.requires_grad_() for p in pred[:3]]
+    loss = variants.scaled_mu_loss(pred, x0.clamp(-1, 1), x_t, t, SCHEDULE)
+    assert loss.max() <= 4
+    loss.sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [False, False, True]
 
 
 def test_without_a_ramp_the_first_average_is_nearly_the_start():
