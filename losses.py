@@ -191,7 +191,7 @@ def swin():
 def squeezenet():
     """Beyond the paper, LPIPS's stand-in with 5 MB of weights: LPIPS Eq. 1 with every channel's weight 1 and the mean over the layers.
 
-    It has LPIPS's scale, 0.2 to 1 for blurred images, so that a lambda means the same; differences of the plain features are a hundred times larger.
+    Features of unit length keep it below 2, at LPIPS's scale, so that a lambda means the same; differences of the plain features have no such bound.
     """
     stages = {"features.1": 64, "features.4": 128, "features.7": 256, "features.12": 512}       # channels
     extractor = _pretrained(_skeleton(tv.squeezenet1_1), list(stages), tv.SqueezeNet1_1_Weights.IMAGENET1K_V1, "--metric squeezenet")

@@ -252,13 +252,13 @@ def load_inputs(s):
 
     images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
-    if s["metric_size"]:
-        set_size([metric for _, metric in metrics.values()], s["metric_size"])
     for path, weight in s["self_perceptual"].items():
         metrics["self-perceptual"] = (weight, SelfPerceptual(judge_of(path, s, classes(s, images) if images else None)))
     network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
     if missing:
         raise OSError(" | ".join(missing))
+    if s["metric_size"]:
+        set_size([metric for _, metric in metrics.values()], s["metric_size"])
     return images, metrics, network
 
 

@@ -59,7 +59,10 @@ def draw_gate(experiment, path, n=64):
 
 
 def best_r(x0, x0_star, x0_hat):
-    """<x0 - x0*, x0' - x0*> / ||x0' - x0*||^2, the one r at which r x0' + (1 - r) x0* is nearest to x0, and L_mu least."""
+    """<x0 - x0*, x0' - x0*> / ||x0' - x0*||^2, the one r at which r x0' + (1 - r) x0* is nearest to x0.
+
+    x0, x0_star, x0_hat : [B, C, H, W], -1..1        returns : a number, which may lie outside 0..1
+    """
     towards = x0_hat - x0_star
     return (((x0 - x0_star) * towards).sum() / towards.square().sum()).item()
 
@@ -94,6 +97,7 @@ def pyplot():
 
 
 def save(figure, path):
+    """Writes the figure as a PNG, whole or not at all."""
     with edges.atomic(path) as f:
         figure.savefig(f, format="png", dpi=110, bbox_inches="tight")
     pyplot().close(figure)
@@ -101,6 +105,7 @@ def save(figure, path):
 
 
 def main(argv=None):
+    """All four pictures."""
     p = edges.Parser(__doc__)
     p.add_argument("--preset", choices=table1.PRESETS, default="cpu")
     p.add_argument("--work", type=Path, help="where table1.py's runs lie (default: runs/table1-PRESET)")

@@ -311,6 +311,7 @@ def run_all(experiment, wanted):
 
 
 def main(argv=None):
+    """The runs that are wanted and missing, then the table."""
     p = edges.Parser(__doc__)
     p.add_argument("--preset", choices=PRESETS, default="cpu")
     p.add_argument("--group", choices=[*dict.fromkeys(group for group, _ in ROWS), "all"], default="table 1", help="of rows")

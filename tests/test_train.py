@@ -126,7 +126,7 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert run("--model", "casdm", "--lpips", "0.1", "--data", "cifar10", "--device", "cpu") == 1
+    assert run("--model", "casdm", "--lpips", "0.1", "--metric-size", "64", "--data", "cifar10", "--device", "cpu") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     for word in ("cifar-10-python.tar.gz", "170 MB", "cs.toronto.edu", "vgg16-397923af.pth", "528 MB", "lpips_weights.pt", "by hand", "--data shapes"):
         assert word in error, word

@@ -48,7 +48,7 @@ def scaled_mu_loss(pred, x0, x_t, t, schedule):
 
     Without the clamp x0* is the error of eps' times 81,165 at t = T, and this loss drowns phi's others.
     """
-    x0_star, x0_hat = (x.detach() for x in diffusion.clean_estimates(x_t, t, pred, schedule))
+    x0_star, x0_hat = (estimate.detach() for estimate in diffusion.clean_estimates(x_t, t, pred, schedule))     # [B, C, H, W], -1..1
     return (x0 - diffusion.mix(x0_hat, x0_star, pred.r_t)).square().mean((1, 2, 3))
 
 
