@@ -29,7 +29,7 @@ else:
 """
 
 
-SMALL = table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 2, "--res-blocks 2", 4, 8, 2)
+SMALL = table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 2, "--res-blocks 2", 4, 8)
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
                                          ("b", table1.REAL): table1.Row(steps=()), ("b", "long"): table1.Row("--model ddpm", share=2, steps=(5,))})
     monkeypatch.setattr(table1, "STEPS", (10, 5))
     monkeypatch.setattr(table1, "PAIRS", [])
-    how = ["--data", "shapes", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
+    how = ["--data", "shapes", "--seeds", "2", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
     (tmp_path / "work/ddpm-eps-0").mkdir(parents=True)
     (tmp_path / "work/ddpm-eps-0/log.jsonl").touch()        # killed before its first checkpoint
     assert edges.run(table1.main, [*how, "--group", "a"]) == 0
@@ -72,7 +72,7 @@ def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, tmp_pat
     script = f"""if True:
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         import edges, table1
-        table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 100000, "", 4, 8, 2)}}
+        table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 100000, "", 4, 8)}}
         sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {__file__!r}]))
     """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
@@ -129,7 +129,7 @@ def test_one_network_is_matched_to_cas_dms_two():
 
 
 def test_table_1_comes_first_and_everything_goes_seed_by_seed(tmp_path):
-    wanted = table1.Experiment("cpu", tmp_path, tmp_path / "lines.jsonl").wanted("all")
+    wanted = table1.Experiment("cpu", tmp_path, tmp_path / "lines.jsonl").wanted("all", 3)
     assert [row for row, _ in wanted[:8]] == [*list(table1.PAPER)[:7], table1.REAL] and [seed for _, seed in wanted[:24]] == [0] * 8 + [1] * 8 + [2] * 8
     rest = [seed for _, seed in wanted[24:]]
     assert rest == sorted(rest) and len(set(wanted)) == len(wanted) == 3 * len(table1.ROWS)
