@@ -21,6 +21,7 @@ from data import from_pixels, stream                    # noqa: E402
 from diffusion import clean_estimates, q_sample         # noqa: E402
 
 ROWS = [row for group, row in table1.ROWS if group == "table 1" and row != table1.REAL]
+GATED = [*(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))), "L_mu / coef1^2, clamped"]      # where r_t is looked at
 
 
 def draw_rows(experiment, path, columns=14):
@@ -42,19 +43,19 @@ def draw_gate(experiment, path, n=64):
     eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    for row in (row for row in ROWS if row.startswith(("Dual", "Cas-DM"))):
+    for row in GATED:
         model, schedule, _ = sample.load_model(experiment.place(row, 0) / "checkpoint.pt")
-        steps, found = np.geomspace(1, len(schedule.beta) - 1, 25).round().astype(int), []
+        steps, found = np.linspace(1, len(schedule.beta) - 1, 25).round().astype(int), []
         for step in steps.tolist():
             t = torch.full((len(x0),), step)
             x_t = q_sample(x0, t, eps, schedule)
             pred = model(x_t, t)
             found.append((pred.r_t.mean().item(), best_r(x0, *clean_estimates(x_t, t, pred, schedule))))
         learned, best = zip(*found)
-        line, = axis.semilogx(steps, learned, label=row)
-        axis.semilogx(steps, best, "--", color=line.get_color())
+        line, = axis.plot(steps, learned, label=row)
+        axis.plot(steps, best, "--", color=line.get_color())
     axis.set(xlabel="t", ylabel="r_t", title="weight of x0': learned, and (dashed) the best for these images")
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 

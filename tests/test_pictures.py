@@ -25,7 +25,7 @@ def test_the_best_r_is_the_one_that_the_image_was_mixed_with():
 def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, monkeypatch):
     experiment, lines = table1.Experiment("cpu", tmp_path), []
     save_npz(np.zeros((2, 16, 16, 3), np.uint8), tmp_path / "images.npz")
-    for row in pictures.ROWS:
+    for row in {*pictures.ROWS, *pictures.GATED}:
         flags = f"--data {tmp_path}/images.npz --channels 32 --res-blocks 1 --T 100 --iterations 1 --batch-size 2 --sample-every 0"
         assert edges.run(train.main, [*flags.split(), *experiment.rows[row].flags.split(" --metric")[0].split(), "--out", str(experiment.place(row, 0))]) == 0
         save_npz(np.full((20, 16, 16, 3), 128, np.uint8), experiment.place(row, 0) / "100.npz")
