@@ -21,7 +21,7 @@ from data import from_pixels, stream                    # noqa: E402
 from diffusion import clean_estimates, q_sample         # noqa: E402
 
 ROWS = [row for group, row in table1.ROWS if group == "table 1" and row != table1.REAL]
-GATED = [*(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))), "L_mu / coef1^2, clamped"]      # where r_t is looked at
+GATED = [*(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))), "L_mu / coef1^2, clamped"]      # whose r_t is drawn
 
 
 def draw_rows(experiment, path, columns=14):
@@ -38,13 +38,17 @@ def draw_rows(experiment, path, columns=14):
 
 @torch.inference_mode()
 def draw_gate(experiment, path, n=64):
-    """r_t over t, of seed 0, for n training images noised alike: its mean over images and positions; dashed, the best r for all of them."""
+    """r_t over t, of seed 0, for n training images noised alike: its mean over images and positions; dashed, the best r for all of them.
+
+    Rows of GATED whose run is not there are left out.
+    """
     x0 = from_pixels(torch.from_numpy(np.load(experiment.folder / "reference.npz")["arr_0"][:n]))
     eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    for row in GATED:
-        model, schedule, _ = sample.load_model(experiment.place(row, 0) / "checkpoint.pt")
+    checkpoints = {row: experiment.place(row, 0) / "checkpoint.pt" for row in GATED}
+    for row in (row for row in GATED if checkpoints[row].exists()):
+        model, schedule, _ = sample.load_model(checkpoints[row])
         steps, found = np.linspace(1, len(schedule.beta) - 1, 25).round().astype(int), []
         for step in steps.tolist():
             t = torch.full((len(x0),), step)

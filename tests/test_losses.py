@@ -90,6 +90,14 @@ def test_eq12_mu_loss_is_an_error_in_x0_times_c1_squared(schedule):
     assert c1[0].item() == pytest.approx(1, rel=1e-9)
 
 
+def test_nine_tenths_of_l_mus_weight_lie_in_the_first_ten_steps():
+    """L_mu of an x0' that is wrong by 1 at every t of the paper's 4,000 (Cas-DM Eqs. 7, 12)."""
+    t = torch.arange(1, 4001)
+    zero = torch.zeros(4000, 1, 1, 1, dtype=torch.float64)
+    weight = mu_loss(Prediction(zero, zero + 1, zero + 1), zero, zero, t, SCHEDULES["cosine4000"])
+    assert weight[:10].sum() / weight.sum() == pytest.approx(0.905, abs=0.001)
+
+
 def test_eq12_mu_loss_is_least_at_the_closed_form_gate(schedule):
     """Its gradient in r_t is 0 at r* = <x0 - x0*, x0' - x0*> / ||x0' - x0*||^2, over a pixel's channels, and nowhere else (Cas-DM Eq. 12)."""
     x0, t, _, x_t, pred = step_of(schedule)

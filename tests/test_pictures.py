@@ -36,13 +36,19 @@ def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, monkeypa
     save_npz(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8), tmp_path / "reference.npz")
     drawn, gate = {}, pictures.draw_gate
     monkeypatch.setattr(pictures, "draw_gate", lambda *how: gate(*how, n=2))
-    monkeypatch.setattr(pictures, "save", lambda figure, path: (drawn.setdefault(path.name, figure), save(figure, path)))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (drawn.update({path.name: figure}), save(figure, path)))
     assert edges.run(pictures.main, ["--work", str(tmp_path), "--results", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path)]) == 0
     for name in ("rows.png", "gate.png", "refined.png", "curves.png"):
         assert min(Image.open(tmp_path / name).size) > 100
+    learned, best = ([line for line in drawn["gate.png"].axes[0].lines if line.get_linestyle() == style] for style in ("-", "--"))
+    assert [line.get_label() for line in learned] == pictures.GATED and len(best) == len(learned)
+    assert all(0.4 < line.get_ydata().min() <= line.get_ydata().max() < 0.6 for line in learned)        # sigmoid of nearly 0
     steps, iterations = (container.lines[0].get_xydata() for axis in drawn["curves.png"].axes for container in axis.containers[:1])
     np.testing.assert_allclose(steps, [[x, 1.5 + 10 / x] for x in (5, 10, 20, 50, 100)])
     np.testing.assert_allclose(iterations, [[x, 2.5] for x in (1250, 2500, 5000, 10000)])
+    (experiment.place(pictures.GATED[-1], 0) / "checkpoint.pt").unlink()        # Table 1 alone was run
+    pictures.draw_gate(experiment, tmp_path / "gate.png")
+    assert len(drawn["gate.png"].axes[0].lines) == 2 * len(pictures.GATED) - 2
 
 
 save = pictures.save
