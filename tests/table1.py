@@ -5,11 +5,11 @@ r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with 
     python tests/table1.py --preset paper --jobs 8             eight runs side by side, each on its GPU, or its share of the cores
     python tests/table1.py --preset cpu --print                the table of the lines that are there
 
-Each run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps, and scored by a program that stands
-apart from this project and prints FID-768 and sFID (`--scorer`).  Table 1 comes first, then the rest, each seed by seed, so that what is
-there is comparable at any time; whatever is killed goes on where it was.  A line holds the flags, the commit and the seconds of its run;
-means are over seeds with their standard error, differences are of equal seeds.  The last checkpoint is scored; the paper takes the best of
-those that it evaluates.  FID-768 is no FID: it takes 768 features of a layer before FID's.
+Each run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps, and scored: for `paper` by fid.py, else
+by a program that stands apart from this project and prints FID-768 and sFID (`--scorer`).  Table 1 comes first, then the rest, each seed by
+seed, so that what is there is comparable at any time; whatever is killed goes on where it was.  A line holds the flags, the commit and the
+seconds of its run; means are over seeds with their standard error, differences are of equal seeds.  The last checkpoint is scored; the paper
+takes the best of those that it evaluates.  FID-768 is no FID: it takes 768 features of a layer before FID's.
 
 presets:
     cpu      16 x 16, 32 channels, 1 block, 2,500 iterations of 32; 2,048 images a score, against 10,000; Table 1 takes some 5 hours of two cores with --jobs 2
@@ -45,9 +45,10 @@ import data             # noqa: E402 (the modules lie one folder up)
 import edges            # noqa: E402
 from sample import save_npz     # noqa: E402
 
+FID = ROOT / "fid.py"
 SCORER = ROOT / "../shared/tools/score.py"
 STEPS = (100, 10)
-DIGITS = {"FID-768": 3, "sFID": 2}      # of the scores, behind the point
+DIGITS = {"FID": 2, "FID-768": 3, "sFID": 2}        # of the scores, behind the point
 
 
 class Preset(NamedTuple):
@@ -57,12 +58,13 @@ class Preset(NamedTuple):
     matched: str        # what gives one U-Net the parameters and the operations of Cas-DM's two, to some 4 %
     samples: int        # a score
     reference: int      # training images that they are scored against
+    scorer: Path = SCORER
 
 
 PRESETS = {
     "cpu": Preset(16, "--channels 32 --res-blocks 1 --batch-size 32 --lr 5e-4", 2500, "--res-blocks 3", 2048, 10_000),
     "gpu": Preset(32, "--precision bf16", 5000, "--res-blocks 7", 10_000, 40_000),
-    "paper": Preset(32, "", 400_000, "--res-blocks 7", 50_000, 50_000),
+    "paper": Preset(32, "", 400_000, "--res-blocks 7", 50_000, 50_000, FID),
 }
 METRIC_SIZE = {16: "--metric-size 64"}      # by image size; the paper's 224 for its own sizes
 
@@ -106,7 +108,7 @@ CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")        # scored against ste
 ROWS |= {("curves", f"{row}, other steps"): Row(weights=row, steps=(50, 20, 5)) for row in CURVES}
 ROWS |= {("curves", f"{row}, {share} x the iterations"): Row(ROWS["table 1", row].flags, share=share, steps=STEPS[-1:]) for share in (0.5, 2, 4) for row in CURVES}
 JUDGE = "DDPM (eps)"        # of the self-perceptual metric
-REAL = "training images"    # beside the reference: what a perfect model would score with as many images
+REAL = "training images"    # beside the reference: what a perfect model would score with as many images (0 in `paper`, whose reference has them all)
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
 PAPER = {"DDPM (eps)": (6.79, 4.97), "DDPM (x0)": (17.78, 6.69), "DDPM (x0) + metric": (9.34, 6.94), "Dual": (6.52, 4.60), "Dual + metric": (5.65, 4.89),
          "Cas-DM": (6.80, 5.03), "Cas-DM + metric": (6.40, 4.87), "Fix-Res": (6.40, None), "Fix-Res + metric": (6.28, None), "Fix-Res, concat": (7.08, None)}
@@ -120,8 +122,9 @@ PAIRS = [("DDPM (x0) + metric", "DDPM (x0)"), ("Dual + metric", "Dual"), ("Cas-D
 class Experiment:
     """A preset's runs, in `folder`, and their lines in `results`; by default runs/table1-NAME and tests/table1_NAME.jsonl."""
 
-    def __init__(self, name, folder=None, results=None, source=None, scorer=SCORER, jobs=1):
-        self.preset, self.source, self.scorer = PRESETS[name], source, scorer
+    def __init__(self, name, folder=None, results=None, source=None, scorer=None, jobs=1):
+        self.preset, self.source = PRESETS[name], source
+        self.scorer = (scorer or self.preset.scorer).resolve()
         self.folder = (folder or ROOT / "runs" / f"table1-{name}").absolute()
         self.results = (results or ROOT / "tests" / f"table1_{name}.jsonl").absolute()
         self.metric = "lpips" if list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")) else "squeezenet"
@@ -179,17 +182,22 @@ class Experiment:
         return self.folder / f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-{seed}"
 
     def score(self, images):
-        said = self.programs.call(self.scorer, images, "--stats", self.statistics(), "--json", capture=True)
-        return {key: value for key, value in json.loads(said).items() if key in DIGITS}
+        """{score: value} of an .npz."""
+        against = [self.statistics()] if self.scorer == FID else ["--stats", self.statistics()]
+        said = json.loads(self.programs.call(self.scorer, images, *against, "--json", capture=True))
+        if self.scorer == FID:
+            said = {"FID": said["fid"], "sFID": said["sfid"]}
+        return {key: value for key, value in said.items() if key in DIGITS}
 
     def statistics(self):
         """The scorer's statistics of the training images, which it makes once."""
-        path = self.folder / f"statistics_{self.preset.image_size}_{self.preset.reference}.npz"
+        path = self.folder / f"{self.scorer.stem}_{self.preset.image_size}_{self.preset.reference}.npz"
         with self.locks[path]:
             if not path.exists():
+                made = path.with_suffix(".partial.npz")
                 self.save_real(self.folder / "reference.npz", 0, self.preset.reference)
-                self.programs.call(self.scorer, self.folder / "reference.npz", "--make-stats", "--stats", path.with_suffix(".partial.npz"))
-                os.replace(path.with_suffix(".partial.npz"), path)
+                self.programs.call(self.scorer, self.folder / "reference.npz", *(["--save-stats"] if self.scorer == FID else ["--make-stats", "--stats"]), made)
+                os.replace(made, path)
         return path
 
     def save_real(self, path, first, n):
@@ -231,6 +239,8 @@ class Programs:
             process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, env=os.environ | settings,
                                        stdout=subprocess.PIPE if capture else log, stderr=log, start_new_session=True, preexec_fn=die_with_parent)
             self.running.add(process)
+            if self.stopped:        # in between
+                process.terminate()
             said = process.communicate()[0]
         self.running.discard(process)
         self.devices.put(device)
@@ -265,7 +275,7 @@ def table(lines):
     found = {}
     for line in lines:
         found.setdefault(line["row"], {})[line["seed"]] = line
-    columns = [(str(steps), score) for steps in STEPS for score in DIGITS]
+    columns = [(str(steps), score) for steps in STEPS for score in scores_of(lines)]
     print(f"metric: {', '.join(sorted({line['metric'] for line in lines}))}; {', '.join(sorted({str(line['n']) for line in lines}))} images a score; "
           f"commits {', '.join(sorted({line['commit'] for line in lines}))}\n")
     print(markdown("row", "seeds", *[f"{score}, {steps} steps" for steps, score in columns], "paper's FID, sFID"))
@@ -280,6 +290,14 @@ def table(lines):
             paper = ", ".join(f"{x - y:+.2f}" for x, y in zip(PAPER.get(a, ()), PAPER.get(b, ())) if x and y)
             print(markdown(f"{a} - {b}", len(seeds), *[spread([found[a][s][steps][score] - found[b][s][steps][score] for s in seeds], DIGITS[score], "+")
                                                        for steps, score in columns], paper))
+
+
+def scores_of(lines):
+    """The names of the scores in the lines, FID's first; ValueError where not all have the same."""
+    kinds = {tuple(score for score in DIGITS if score in found) for line in lines for key, found in line.items() if key.isdigit()}
+    if len(kinds) > 1:
+        raise ValueError(f"lines with the scores {' and '.join(', '.join(kind) for kind in sorted(kinds))}; expected one scorer's; keep each scorer's lines in a file of its own (--results)")
+    return kinds.pop()
 
 
 def spread(values, digits, sign=""):
@@ -297,12 +315,13 @@ def run_all(experiment, wanted):
     """Makes the runs, experiment.programs.jobs at a time; what stops one stops all, and the next call goes on."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(experiment.programs.jobs) as pool:
+        reference = pool.submit(experiment.statistics)      # first: they take minutes, and a scorer that cannot work is found out now
         runs = [pool.submit(experiment.run, row, seed) for row, seed in wanted]
         try:
             with tqdm(total=len(runs), desc="table", unit="run", file=sys.stderr) as bar:
-                for done in as_completed(runs):
+                for done in as_completed([reference, *runs]):
                     done.result()
-                    bar.update()
+                    bar.update(done is not reference)
         finally:
             for run in runs:
                 run.cancel()
@@ -319,14 +338,15 @@ def main(argv=None):
     p.add_argument("--work", type=Path, help="where the runs lie (default: runs/table1-PRESET)")
     p.add_argument("--results", type=Path, help="a JSON line a run (default: tests/table1_PRESET.jsonl)")
     p.add_argument("--jobs", type=edges.whole(1), default=1, help="runs side by side, each on its GPU or its share of the cores")
-    p.add_argument("--scorer", type=Path, default=SCORER, help="called as SCORER IMAGES.npz --stats FILE --json, and with --make-stats")
+    p.add_argument("--scorer", type=Path, help="fid.py, or a program called as SCORER IMAGES.npz --stats FILE --json, and with --make-stats (default: the preset's)")
     p.add_argument("--print", action="store_true", help="the table alone")
     a = p.parse_args(argv)
     source = a.data if a.data in data.DATASETS else Path(a.data).absolute()
-    experiment = Experiment(a.preset, a.work, a.results, source, a.scorer.absolute(), a.jobs)
-    if not a.print:
-        edges.existing(a.scorer, "program that scores images")
-        run_all(experiment, experiment.wanted(a.group, a.seeds))
+    experiment = Experiment(a.preset, a.work, a.results, source, a.scorer, a.jobs)
+    wanted = experiment.wanted(a.group, a.seeds)
+    if wanted and not a.print:
+        edges.existing(experiment.scorer, "program that scores images")
+        run_all(experiment, wanted)
     if not experiment.lines():
         raise ValueError(f"{experiment.results} has no line; expected finished runs; leave --print out")
     table(experiment.lines())

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import edges
+import fid
 import table1
 import train
 import variants
@@ -69,11 +70,12 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, tmp_path):
     """It reaches the two trainings, which save; where table1.py itself is killed they end too, saved or not."""
+    (tmp_path / "score.py").write_text(SCORER)
     script = f"""if True:
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         import edges, table1
         table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 100000, "", 4, 8)}}
-        sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {__file__!r}]))
+        sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {str(tmp_path / "score.py")!r}]))
     """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     logs = [tmp_path / row / "log.jsonl" for row in ("ddpm-eps-0", "ddpm-x0-0")]
@@ -144,6 +146,38 @@ def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys
     assert "| Dual + metric - Dual | 1 | -0.500 | +0.00 | +0.000 | +0.00 | -0.87, +0.29 |" in said
 
 
+def test_the_papers_scale_is_scored_by_fid_py(tmp_path, monkeypatch):
+    """Its statistics are made once, and both calls mean to fid.py what table1.py means."""
+    experiment, calls = table1.Experiment("paper", tmp_path), []
+
+    def call(program, *arguments, capture=False):
+        assert program == Path(fid.__file__)
+        calls.append(fid.parse_args([str(word) for word in arguments]))
+        if calls[-1].save_stats:
+            calls[-1].save_stats.touch()
+        return '{"fid": 6.4, "sfid": 4.87, "is": 9.1, "n_a": 50000}' if capture else None
+
+    monkeypatch.setattr(experiment.programs, "call", call)
+    monkeypatch.setattr(experiment, "save_real", lambda path, first, n: None)
+    assert experiment.score("images.npz") == experiment.score("images.npz") == {"FID": 6.4, "sFID": 4.87}
+    made, first, second = calls
+    assert made.A == str(tmp_path / "reference.npz") and made.B is None and first == second and first.json and first.A == "images.npz"
+    assert first.B == str(experiment.statistics()) and Path(first.B).exists() and made.save_stats != Path(first.B)
+
+
+def test_a_scorer_that_cannot_work_stops_the_runs_before_the_first_ends(tmp_path, monkeypatch, capsys):
+    """Its statistics come first."""
+    (tmp_path / "score.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
+    assert edges.run(table1.main, ["--data", "shapes", "--work", str(tmp_path), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]) == 1
+    assert "score.py" in capsys.readouterr().err and not list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_lines_of_two_scorers_are_not_one_table():
+    with pytest.raises(ValueError, match="FID, sFID and FID-768, sFID; expected one scorer's"):
+        table1.scores_of([{"row": "Dual", "100": {score: 1.0, "sFID": 1.0}} for score in ("FID", "FID-768")])
+
+
 def test_a_scorer_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert edges.run(table1.main, ["--scorer", str(tmp_path / "nowhere.py")]) == 1
+    assert edges.run(table1.main, ["--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "nowhere.py")]) == 1
     assert "nowhere.py does not exist" in capsys.readouterr().err
