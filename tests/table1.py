@@ -202,9 +202,13 @@ class Experiment:
 
     def save_real(self, path, first, n):
         """n training images, in an order drawn once; past the last one the first come again."""
-        images = data.load_images(self.source, self.preset.image_size).pixels
+        images = self.images()
         order = data.stream(0, "reference", 0).permutation(len(images))
         save_npz(images[np.sort(order.take(range(first, first + n), mode="wrap"))], path)
+
+    def images(self):
+        """The training images, from where the scripts look for them."""
+        return data.load_images(self.source, self.preset.image_size, ROOT / "data").pixels
 
     def lines(self):
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
@@ -314,6 +318,7 @@ def markdown(*cells):
 def run_all(experiment, wanted):
     """Makes the runs, experiment.programs.jobs at a time; what stops one stops all, and the next call goes on."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
+    experiment.images()         # fetched and prepared once, not by every run at a time
     with ThreadPoolExecutor(experiment.programs.jobs) as pool:
         reference = pool.submit(experiment.statistics)      # first: they take minutes, and a scorer that cannot work is found out now
         runs = [pool.submit(experiment.run, row, seed) for row, seed in wanted]
