@@ -91,6 +91,10 @@ def draw_curves(experiment, path):
             axis.errorbar(x, [np.mean(v) for v in values], error, marker="o", capsize=3, label=row)
     axes[0].set(xscale="log", xlabel="sampling steps", ylabel=score)
     axes[1].set(xscale="log", xlabel="iterations", ylabel=f"{score}, {fewest} steps")
+    for axis in axes:
+        at = sorted({x for line in axis.lines for x in line.get_xdata()})
+        axis.set_xticks(at, [f"{x:,.0f}" for x in at])
+        axis.minorticks_off()
     axes[0].legend()
     save(figure, path)
 
