@@ -46,9 +46,9 @@ def draw_gate(experiment, path, n=64):
     eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    checkpoints = {row: experiment.place(row, 0) / "checkpoint.pt" for row in GATED}
-    for row in (row for row in GATED if checkpoints[row].exists()):
-        model, schedule, _ = sample.load_model(checkpoints[row])
+    checkpoints = {row: checkpoint for row in GATED if (checkpoint := experiment.place(row, 0) / "checkpoint.pt").exists()}
+    for row, checkpoint in checkpoints.items():
+        model, schedule, _ = sample.load_model(checkpoint)
         steps, found = np.linspace(1, len(schedule.beta) - 1, 25).round().astype(int), []
         for step in steps.tolist():
             t = torch.full((len(x0),), step)

@@ -243,7 +243,7 @@ class Programs:
             process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, env=os.environ | settings,
                                        stdout=subprocess.PIPE if capture else log, stderr=log, start_new_session=True, preexec_fn=die_with_parent)
             self.running.add(process)
-            if self.stopped:        # in between
+            if self.stopped:        # since it was asked above: `stop` may not have seen this one
                 process.terminate()
             said = process.communicate()[0]
         self.running.discard(process)
