@@ -76,17 +76,14 @@ def draw_curves(experiment, path):
     """FID (or FID-768) of `table1.CURVES`, the mean over seeds and its standard error, against sampling steps and against iterations."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
-    fewest, lines = str(table1.STEPS[-1]), experiment.lines()
+    fewest, lines = table1.STEPS[-1], experiment.lines()
     score = table1.scores_of(lines)[0]
     for row in table1.CURVES:
-        flags = experiment.rows[row].flags
-        mine = [(experiment.rows[line["row"]], line) for line in lines]
-        mine = [(how, line) for how, line in mine if not how.variant and (how.weights == row or how.flags == flags)]
-        at_steps = [(steps, line[str(steps)][score]) for how, line in mine if how.share == 1 for steps in how.steps]
-        at_iterations = [(experiment.preset.iterations * how.share, line[fewest][score]) for how, line in mine if fewest in line]
+        found = table1.curve(lines, row)
+        at_steps = {steps: values for (share, steps), values in found.items() if share == 1}
+        at_iterations = {experiment.preset.iterations * share: values for (share, steps), values in found.items() if steps == fewest}
         for axis, points in zip(axes, (at_steps, at_iterations)):
-            x = sorted({x for x, _ in points})
-            values = [[y for at, y in points if at == each] for each in x]
+            x, values = zip(*sorted(points.items()))
             error = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
             axis.errorbar(x, [np.mean(v) for v in values], error, marker="o", capsize=3, label=row)
     axes[0].set(xscale="log", xlabel="sampling steps", ylabel=score)

@@ -294,6 +294,31 @@ def table(lines):
             paper = ", ".join(f"{x - y:+.2f}" for x, y in zip(PAPER.get(a, ()), PAPER.get(b, ())) if x and y)
             print(markdown(f"{a} - {b}", len(seeds), *[spread([found[a][s][steps][score] - found[b][s][steps][score] for s in seeds], DIGITS[score], "+")
                                                        for steps, score in columns], paper))
+    print_curves(lines)
+
+
+def print_curves(lines):
+    """FID (or FID-768) of CURVES, as the picture of it has them."""
+    score = scores_of(lines)[0]
+    curves = {row: curve(lines, row) for row in CURVES}
+    points = sorted(set().union(*curves.values()), key=lambda point: (point[0] != 1, point))
+    if points:
+        names = [f"{steps} steps" if share == 1 else f"{steps} steps, {share} x the iterations" for share, steps in points]
+        print(f"\n{markdown(score, *names)}\n{markdown(*['---'] * (1 + len(points)))}")
+    for row, at in curves.items():
+        if at:
+            print(markdown(row, *[spread(at[point], DIGITS[score]) if point in at else "" for point in points]))
+
+
+def curve(lines, row):
+    """{(share of the iterations, sampling steps): [FID or FID-768 of each seed]} of what was sampled from a row, or from it trained longer or shorter."""
+    flags = ROWS["table 1", row].flags
+    mine = {name: how for (_, name), how in ROWS.items() if not how.variant and (how.weights == row or how.flags == flags)}
+    score, found = scores_of(lines)[0], {}
+    for line in lines:
+        for steps in mine[line["row"]].steps if line["row"] in mine else ():
+            found.setdefault((mine[line["row"]].share, steps), []).append(line[str(steps)][score])
+    return found
 
 
 def scores_of(lines):

@@ -45,6 +45,7 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
                                          ("b", table1.REAL): table1.Row(steps=()), ("b", "long"): table1.Row("--model ddpm", share=2, steps=(5,))})
     monkeypatch.setattr(table1, "STEPS", (10, 5))
     monkeypatch.setattr(table1, "PAIRS", [])
+    monkeypatch.setattr(table1, "CURVES", ())
     how = ["--data", "shapes", "--seeds", "2", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
     (tmp_path / "work/ddpm-eps-0").mkdir(parents=True)
     (tmp_path / "work/ddpm-eps-0/log.jsonl").touch()        # killed before its first checkpoint
@@ -144,6 +145,21 @@ def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys
     said = capsys.readouterr().out
     assert "| Dual | 2 | 2.000 ± 1.000 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.00 ± 0.00 | 6.52, 4.60 |" in said
     assert "| Dual + metric - Dual | 1 | -0.500 | +0.00 | +0.000 | +0.00 | -0.87, +0.29 |" in said
+
+
+def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(capsys):
+    """Its weights with other steps, and its flags with other iterations; not its weights or flags under a variant."""
+    def line(row, fid, *steps):
+        return {"row": row, "seed": 0, "metric": "lpips", "n": 4, "commit": "c"} | {str(n): {"FID-768": fid + n, "sFID": 0.0} for n in steps}
+    lines = [line("Cas-DM", 0.25, 100, 10), line("Cas-DM", 0.75, 100, 10), line("Cas-DM, other steps", 0, 50, 20, 5), line("Cas-DM, 2 x the iterations", 0.125, 10),
+             line("r_t = 1 in sampling", 9, 100, 10), line("moving average without ramp", 9, 100, 10), line("Dual", 9, 100, 10)]
+    table1.table([*lines, line("Cas-DM + metric", 0.5, 100, 10)])
+    assert capsys.readouterr().out.endswith("""
+| FID-768 | 5 steps | 10 steps | 20 steps | 50 steps | 100 steps | 10 steps, 2 x the iterations |
+| --- | --- | --- | --- | --- | --- | --- |
+| Cas-DM | 5.000 | 10.500 ± 0.250 | 20.000 | 50.000 | 100.500 ± 0.250 | 10.125 |
+| Cas-DM + metric |  | 10.500 |  |  | 100.500 |  |
+""")
 
 
 def test_the_papers_scale_is_scored_by_fid_py(tmp_path, monkeypatch):
