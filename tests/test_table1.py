@@ -151,11 +151,11 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
     """Its weights with other steps, and its flags with other iterations; not its weights or flags under a variant."""
     def line(row, fid, *steps):
         return {"row": row, "seed": 0, "metric": "lpips", "n": 4, "commit": "c"} | {str(n): {"FID-768": fid + n, "sFID": 0.0} for n in steps}
-    lines = [line("Cas-DM", 0.25, 100, 10), line("Cas-DM", 0.75, 100, 10), line("Cas-DM, other steps", 0, 50, 20, 5), line("Cas-DM, 2 x the iterations", 0.125, 10),
+    lines = [line("Cas-DM", 0.25, 100, 10), line("Cas-DM", 0.75, 100, 10), line("Cas-DM, other steps", 0, 50, 20, 5), line("Cas-DM, 0.5 x the iterations", 0.125, 10),
              line("r_t = 1 in sampling", 9, 100, 10), line("moving average without ramp", 9, 100, 10), line("Dual", 9, 100, 10)]
     table1.table([*lines, line("Cas-DM + metric", 0.5, 100, 10)])
     assert capsys.readouterr().out.endswith("""
-| FID-768 | 5 steps | 10 steps | 20 steps | 50 steps | 100 steps | 10 steps, 2 x the iterations |
+| FID-768 | 5 steps | 10 steps | 20 steps | 50 steps | 100 steps | 10 steps, 0.5 x the iterations |
 | --- | --- | --- | --- | --- | --- | --- |
 | Cas-DM | 5.000 | 10.500 ± 0.250 | 20.000 | 50.000 | 100.500 ± 0.250 | 10.125 |
 | Cas-DM + metric |  | 10.500 |  |  | 100.500 |  |
