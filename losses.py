@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import edges
-from diffusion import eps_from_x0, mix, mu_from_eps, mu_from_x0, q_sample
+from diffusion import mix, mu_from_eps, mu_from_x0, q_sample
 from variance import bound, log_variance
 
 
@@ -44,7 +44,8 @@ def training_losses(model, x0, t, eps, schedule, metrics=None, y=None, bf16=Fals
     each = {name: terms[name]() for name in model.loss_terms}
     losses = {name: (values * t_weight).mean() for name, values in each.items()}
     for name, (weight, metric) in (metrics or {}).items():
-        noised = (x_t, t, t_other, y) if isinstance(metric, SelfPerceptual) else ()
+        # CHOICE: as the whole objective its eps^ is the model's own; beside other losses x0' carries the noise of x0, so that it is a metric on x0' alone.
+        noised = (eps if model.loss_terms else pred.eps_hat, eps, t_other, y) if isinstance(metric, SelfPerceptual) else ()
         losses[name] = weight * metric(pred.x0_hat, x0, *noised).mean()
     if watch:
         watch(each)
@@ -135,25 +136,23 @@ def _lpips_layer(f, g, w):
 class SelfPerceptual(nn.Module):
     """Distance of the middle features that a frozen diffusion model has of the image, noised again to t'                 (SP)
 
-    L_sp = || f(x^_t', t') - f(x_t', t') ||^2,  x_t' from (x0, eps) and x^_t' from (x0', eps of x_t and x0'), mean over C, h, w     -> [B]
+    L_sp = || f(x^_t', t') - f(x_t', t') ||^2,  x_t' from (x0, eps) and x^_t' from (x0', eps^), mean over C, h, w     -> [B]
 
-    x0_hat, x0, x_t : [B, C, H, W]     t, t_other : [B] int64, t and t' in 1..T     y : [B] int64 labels, if the frozen model has classes
+    x0_hat, x0, eps_hat, eps : [B, C, H, W]     t_other : [B] int64, t' in 1..T     y : [B] int64 labels, if the frozen model has classes
 
-    so that it is 0 for x0' = x0 and at t' = t.  The frozen model is ours, trained with mean squared error; its theta gives f.
-    CHOICE: eps^ is the noise that x_t holds if x0' is right: DDPM's own eps', and in Cas-DM a function of phi alone.
+    0 for x0' = x0 with eps^ = eps, and at t' = t where x_t holds both pairs.  The frozen model is ours, trained with mean squared error; its theta gives f.
     """
 
     def __init__(self, frozen):
         super().__init__()
         self.frozen = frozen.eval().requires_grad_(False)
 
-    def forward(self, x0_hat, x0, x_t, t, t_other, y=None):
+    def forward(self, x0_hat, x0, eps_hat, eps, t_other, y=None):
         with torch.no_grad():
-            target = self.features(x0, x_t, t, t_other, y)
-        return _square(self.features(x0_hat, x_t, t, t_other, y) - target)
+            target = self.features(x0, eps, t_other, y)
+        return _square(self.features(x0_hat, eps_hat, t_other, y) - target)
 
-    def features(self, x0, x_t, t, t_other, y):
-        eps = eps_from_x0(x_t, t, x0, self.frozen.schedule)
+    def features(self, x0, eps, t_other, y):
         x = q_sample(x0, t_other, eps, self.frozen.schedule)
         return getattr(self.frozen, self.frozen.theta).encode(x, self.frozen.time(t_other, x), y if self.frozen.num_classes else None)[0]
 

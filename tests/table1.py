@@ -100,6 +100,7 @@ ROWS = {
     ("table 3", "SSIM"): Row("--model casdm --metric ssim=0.1"),
     ("table 3", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
     ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual JUDGE=0.1"),
+    ("table 3", "self-perceptual, eps^ derived"): Row("--model casdm --self-perceptual JUDGE=0.1", "noise-derived"),
     ("table 4", "Fix-Res"): Row("--model casdm --refiner fixres"),
     ("table 4", "Fix-Res + metric"): Row("--model casdm --refiner fixres --metric METRIC=0.1"),
     ("table 4", "Fix-Res, concat"): Row("--model casdm --refiner fixres --refiner-input x0+eps"),

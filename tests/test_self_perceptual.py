@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from diffusion import ddim_mu_from_x0, eps_from_x0, q_sample
+from diffusion import Prediction, ddim_mu_from_x0, eps_from_x0, q_sample
 from losses import SelfPerceptual, training_losses
 from refiner import build_model
 
@@ -38,27 +38,39 @@ def judge():
 
 def test_it_is_the_distance_of_the_middles_features_of_both_images_noised_to_the_other_t(judge):
     """By a hook on the middle, x_t' from (x0, eps) and x^_t' from (x0', eps^): the mean squared difference."""
-    x0, t, eps, x_t = step(judge.frozen)
-    x0_hat, seen = (x0 * 0.8).clamp(-1, 1), []
+    x0, _, eps, _ = step(judge.frozen)
+    x0_hat, eps_hat, seen = (x0 * 0.8).clamp(-1, 1), eps * 0.9, []
     handle = judge.frozen.net.middle.register_forward_hook(lambda net, args, out: seen.append(out))
-    found = judge(x0_hat, x0, x_t, t, T_OTHER)
+    found = judge(x0_hat, x0, eps_hat, eps, T_OTHER)
     del seen[:]
     with torch.no_grad():
-        for clean, noise in ((x0, eps), (x0_hat, eps_from_x0(x_t, t, x0_hat, judge.frozen.schedule))):
+        for clean, noise in ((x0, eps), (x0_hat, eps_hat)):
             judge.frozen(q_sample(clean, T_OTHER, noise, judge.frozen.schedule), T_OTHER)
     handle.remove()
     assert found.shape == (3,) and found.min() > 0
     assert_close(found, (seen[0] - seen[1]).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
 
 
-def test_it_is_zero_at_a_perfect_prediction_and_at_the_same_t(judge):
-    """x0' = x0 exactly; at t' = t both are x_t itself, up to rounding."""
-    x0, t, _, x_t = step(judge.frozen)
-    assert not judge(x0, x0, x_t, t, T_OTHER).any()
-    assert judge(x0 * 0.5, x0, x_t, t, t).max() < 1e-8 < 1e-3 * judge(x0 * 0.5, x0, x_t, t, T_OTHER).min()
+def test_it_is_zero_at_a_perfect_prediction_and_of_one_models_pair_at_the_same_t(judge):
+    """x0' = x0 exactly; a model's own x0' and eps' are both x_t at t' = t, up to rounding."""
+    x0, t, eps, x_t = step(judge.frozen)
+    assert not judge(x0, x0, eps, eps, T_OTHER).any()
+    own = x0 * 0.5, x0, eps_from_x0(x_t, t, x0 * 0.5, judge.frozen.schedule), eps
+    assert judge(*own, t).max() < 1e-8 < 1e-3 * judge(*own, T_OTHER).min()
 
 
-def test_what_the_frozen_model_sees_is_a_deterministic_ddim_jump(judge):
+def test_its_eps_hat_is_ddpms_own_and_the_true_one_where_it_is_a_metric_on_x0_hat(judge):
+    """What the frozen model sees of a perfect x0' beside a wrong eps': of DDPM something else than of x0, of Cas-DM and Dual the same."""
+    x0, t, eps, _ = step(judge.frozen)
+    perfect = Prediction(eps * 0.5, x0.clone().requires_grad_(), torch.full((3, 1, 16, 16), 0.5))
+    for model, same in (("ddpm", False), ("casdm", True), ("dual", True)):
+        net = build(model=model, **({"self_perceptual": {"judge.pt": 1.0}} if model == "ddpm" else {}))
+        net.forward = lambda *how: perfect
+        losses = training_losses(net, x0, t, eps, net.schedule, {"self-perceptual": (1.0, judge)}, t_other=T_OTHER)
+        assert (losses["self-perceptual"] == 0) == same
+
+
+def test_a_models_own_pair_makes_a_deterministic_ddim_jump(judge):
     """x^_t' is Cas-DM Eq. 16 with sigma = 0 for t' = t - 1, and x^_t' - x_t' a known multiple of x0' - x0."""
     schedule = judge.frozen.schedule
     x0, t, eps, x_t = (v.double() if v.is_floating_point() else v for v in step(judge.frozen))
@@ -102,6 +114,6 @@ def test_in_ddpm_it_is_the_whole_objective_and_trains_the_network(judge):
 
 def test_theta_of_a_casdm_can_be_the_judge_and_labels_reach_it():
     judge = SelfPerceptual(build(5, model="casdm", num_classes=3))
-    x0, t, _, x_t = step(judge.frozen)
-    one, other = (judge(x0 * 0.5, x0, x_t, t, T_OTHER, torch.full((3,), y)) for y in (0, 1))
+    x0, _, eps, _ = step(judge.frozen)
+    one, other = (judge(x0 * 0.5, x0, eps, eps, T_OTHER, torch.full((3,), y)) for y in (0, 1))
     assert not torch.equal(one, other)

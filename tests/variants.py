@@ -57,6 +57,18 @@ def constant_decay(self):
     torch._foreach_lerp_(self.averages, self.weights, 1 - self.settings["ema"])
 
 
+def derived_noise(model, x0, t, eps, schedule, metrics, y=None, t_other=None, **how):
+    """`training_losses` with self-perceptual metrics alone, whose eps^ is the noise that x_t holds if x0' is right, as it is in DDPM.
+
+    At low noise that is the error of x0' many times over, up to 1 / sqrt(1 - abar_1).
+    """
+    x_t = diffusion.q_sample(x0, t, eps, schedule)
+
+    def derived(metric):
+        return lambda x0_hat, x0: metric(x0_hat, x0, diffusion.eps_from_x0(x_t, t, x0_hat, schedule), eps, t_other, y)
+    return losses.training_losses(model, x0, t, eps, schedule, {name: (weight, derived(metric)) for name, (weight, metric) in metrics.items()}, y, **how)
+
+
 VARIANTS = {
     "phi-unclamped": [(refiner.CasDM, "forward", cascade(see=lambda x0_star: x0_star))],
     "r-free": [(refiner.CasDM, "forward", cascade(squash=lambda r_t: r_t))],
@@ -64,6 +76,7 @@ VARIANTS = {
     "clamp-mixed": [(sample, "clean_estimates", unclamped), (sample, "p_sample", clamp_mixed)],
     "no-ramp": [(run.Run, "update_ema", constant_decay)],
     "mu-scaled": [(losses, "mu_loss", scaled_mu_loss)],
+    "noise-derived": [(train, "training_losses", derived_noise)],
 }
 
 
