@@ -7,7 +7,7 @@ import edges
 import refiner
 import variants
 from diffusion import Prediction, clean_estimates, cosine_schedule, eps_from_x0, mix, mu_from_x0, respace
-from losses import mu_loss
+from losses import SelfPerceptual, mu_loss, training_losses
 from sample import p_sample
 from test_sample import small_casdm
 
@@ -70,6 +70,15 @@ def test_without_a_ramp_the_first_average_is_nearly_the_start():
         settings, averages, weights = {"ema": 0.9999}, [torch.zeros(2)], [torch.ones(2)]
     variants.constant_decay(Run)
     assert_close(Run.averages[0], torch.full((2,), 1e-4))
+
+
+def test_derived_noise_makes_the_self_perceptual_metric_zero_at_the_same_t_and_changes_no_other_loss():
+    model, judge = small_casdm(), SelfPerceptual(small_casdm())
+    x0, eps = torch.randn(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    t, how = torch.tensor([3, 3900]), {"metrics": {"self-perceptual": (1.0, judge)}, "t_other": torch.tensor([3, 3900])}
+    ours, derived = (training(model, x0, t, eps, SCHEDULE, **how) for training in (training_losses, variants.derived_noise))
+    assert derived["self-perceptual"] < 1e-6 < 1e-3 * ours["self-perceptual"]
+    assert all(derived[name] == ours[name] for name in ("eps", "x0", "mu"))
 
 
 @pytest.mark.parametrize("line, says", [("r-square train.py", "r-square"), ("r-free fid.py", "fid.py"), ("r-free", "script"), ("r-free sample.py nowhere.pt", "nowhere.pt")])
