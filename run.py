@@ -234,9 +234,11 @@ def grid_path(folder, step):
 
 
 def start_from(model, other):
-    """Copies the weights of another model of ours. ValueError where they do not fit."""
+    """Copies the weights of another model of ours into a DDPM. ValueError where they do not fit, or mean something else."""
     try:
         model.load_state_dict(other.state_dict())
+        if model.predicts_x0 != other.predicts_x0:      # weights of one shape
+            raise RuntimeError(f"it predicts {'x0' if other.predicts_x0 else 'eps'}")
     except RuntimeError as e:
         raise ValueError(f"--self-perceptual: its model differs from the one to be trained ({' '.join(str(e).split())[:160]}); expected "
                          "a DDPM trained with the same settings; give those settings") from None

@@ -157,12 +157,14 @@ def test_the_self_perceptual_metric_trains_from_a_checkpoint(model, checkpoints,
     assert not any("frozen" in k for k in sample.read_checkpoint(run)["model"])
 
 
-def test_a_judge_of_other_noise_is_refused(checkpoints, tmp_path, capsys):
+def test_a_judge_of_other_noise_or_of_another_prediction_is_refused(checkpoints, tmp_path, capsys):
     for flags in (["--T", "30"], ["--schedule", "linear", "--T", "40"]):
         assert edges.run(train.main, [*SMALL, *flags, "--self-perceptual", f"{checkpoints['PLAIN']}=1", "--out", str(tmp_path / "run")]) == 1
         assert "the same noisy images" in capsys.readouterr().err
     for name in ("CLASSIFIER", "LABELS"):
         assert edges.run(train.main, [*SMALL, "--self-perceptual", f"{checkpoints[name]}=1", "--out", str(tmp_path / "run")]) == 1
+    assert edges.run(train.main, [*SMALL, "--model", "ddpm", "--predict", "x0", "--self-perceptual", f"{checkpoints['PLAIN']}=1", "--out", str(tmp_path / "run")]) == 1
+    assert "it predicts eps" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
