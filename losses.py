@@ -138,7 +138,8 @@ class SelfPerceptual(nn.Module):
 
     L_sp = || f(x^_t', t') - f(x_t', t') ||^2,  x_t' from (x0, eps) and x^_t' from (x0', eps^), mean over C, h, w     -> [B]
 
-    x0_hat, x0, eps_hat, eps : [B, C, H, W]     t_other : [B] int64, t' in 1..T     y : [B] int64 labels, if the frozen model has classes
+    x0_hat, x0 : x0' and x0, [B, C, H, W], x0 in -1..1                  eps_hat, eps : eps^ and eps, [B, C, H, W], what each is noised with
+    t_other    : [B] int64, t' in 1..T                                  y : [B] int64 labels, if the frozen model has classes
 
     0 for x0' = x0 with eps^ = eps, and at t' = t where x_t holds both pairs.  The frozen model is ours, trained with mean squared error; its theta gives f.
     """

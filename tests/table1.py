@@ -3,7 +3,7 @@ r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with 
     python tests/table1.py --preset cpu --data images.npz      Table 1's runs that have no line in tests/table1_cpu.jsonl yet; then the table
     python tests/table1.py --preset cpu --group all --seeds 1  so for all groups: table 1, size, choices, lambda, table 3, table 4, curves; one seed each, not 3
     python tests/table1.py --preset paper --jobs 8             eight runs side by side, each on its GPU, or its share of the cores
-    python tests/table1.py --preset cpu --print                the table of the lines that are there
+    python tests/table1.py --preset cpu --print                the tables of the lines that are there
 
 Each run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps, and scored: for `paper` by fid.py, else
 by a program that stands apart from this project and prints FID-768 and sFID (`--scorer`).  Table 1 comes first, then the rest, each seed by

@@ -62,7 +62,7 @@ def test_it_is_zero_at_a_perfect_prediction_and_of_one_models_pair_at_the_same_t
 def test_its_eps_hat_is_ddpms_own_and_the_true_one_where_it_is_a_metric_on_x0_hat(judge):
     """What the frozen model sees of a perfect x0' beside a wrong eps': of DDPM something else than of x0, of Cas-DM and Dual the same."""
     x0, t, eps, _ = step(judge.frozen)
-    perfect = Prediction(eps * 0.5, x0.clone().requires_grad_(), torch.full((3, 1, 16, 16), 0.5))
+    perfect = Prediction(eps * 0.5, x0, torch.full((3, 1, 16, 16), 0.5))
     for model, same in (("ddpm", False), ("casdm", True), ("dual", True)):
         net = build(model=model, **({"self_perceptual": {"judge.pt": 1.0}} if model == "ddpm" else {}))
         net.forward = lambda *how: perfect

@@ -78,8 +78,8 @@ def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, tmp_pat
         table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 100000, "", 4, 8)}}
         sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {str(tmp_path / "score.py")!r}]))
     """
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)      # noqa: E731 (a shell's background jobs start with Ctrl-C ignored)
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's background jobs start with Ctrl-C ignored
     logs = [tmp_path / row / "log.jsonl" for row in ("ddpm-eps-0", "ddpm-x0-0")]
     try:
         end = time.monotonic() + 240
