@@ -26,7 +26,8 @@ GATED = [*(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))), "L_mu / c
 
 def draw_rows(experiment, path, columns=14):
     """The same images of every row of Table 1, seed 0, most sampling steps: image i starts from the same noise in each."""
-    images = [np.load(experiment.place(row, 0) / f"{table1.STEPS[0]}.npz")["arr_0"][:columns] for row in ROWS]
+    drawn = [edges.existing(experiment.place(row, 0) / f"{table1.STEPS[0]}.npz", "run's samples, which tests/table1.py draws") for row in ROWS]
+    images = [np.load(samples)["arr_0"][:columns] for samples in drawn]
     plt = pyplot()
     figure, axes = plt.subplots(len(ROWS), 1, figsize=(0.75 * columns, 0.78 * len(ROWS)))
     for axis, row, shown in zip(axes, ROWS, images):

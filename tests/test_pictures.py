@@ -21,6 +21,12 @@ def test_the_best_r_is_the_one_that_the_image_was_mixed_with():
     assert abs(pictures.best_r(0.3 * x0_hat + 0.7 * x0_star + other, x0_star, x0_hat) - 0.3) < 1e-12
 
 
+def test_without_runs_it_is_one_line_that_says_what_makes_them(tmp_path, capsys):
+    assert edges.run(pictures.main, ["--work", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "100.npz does not exist; expected a run's samples, which tests/table1.py draws" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, monkeypatch):
     experiment, lines = table1.Experiment("cpu", tmp_path), []
