@@ -72,7 +72,7 @@ METRIC_SIZE = {16: "--metric-size 64"}      # by image size; the paper's 224 for
 class Row(NamedTuple):
     flags: str = ""
     variant: str = ""           # of variants.py
-    weights: str = ""           # the row whose checkpoint is sampled, instead of an own one
+    weights: str = ""           # the row whose checkpoint it starts from; without flags that is what is sampled
     share: float = 1            # of the preset's iterations
     steps: tuple = STEPS
 
@@ -92,8 +92,8 @@ ROWS = {
     ("choices", "L_mu / coef1^2, clamped"): Row("--model casdm", "mu-scaled"),
     ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
     ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
-    ("choices", "r_t = 1 in sampling"): Row("--model casdm", "r-one", weights="Cas-DM"),
-    ("choices", "x0 clamped after mixing"): Row("--model casdm", "clamp-mixed", weights="Cas-DM"),
+    ("choices", "r_t = 1 in sampling"): Row(variant="r-one", weights="Cas-DM"),
+    ("choices", "x0 clamped after mixing"): Row(variant="clamp-mixed", weights="Cas-DM"),
     ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
     ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
     ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
@@ -107,7 +107,8 @@ ROWS = {
 }
 CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")        # scored against steps, and against iterations with the fewest steps of a score
 ROWS |= {("curves", f"{row}, other steps"): Row(weights=row, steps=(50, 20, 5)) for row in CURVES}
-ROWS |= {("curves", f"{row}, {share} x the iterations"): Row(ROWS["table 1", row].flags, share=share, steps=STEPS[-1:]) for share in (0.5, 2) for row in CURVES}
+ROWS |= {("curves", f"{row}, {share} x the iterations"): Row(ROWS["table 1", row].flags, weights=row if share > 1 else "", share=share, steps=STEPS[-1:])
+         for share in (0.5, 2) for row in CURVES}
 JUDGE = "DDPM (eps)"        # of the self-perceptual metric
 REAL = "training images"    # beside the reference: what a perfect model would score with as many images (0 in `paper`, whose reference has them all)
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
@@ -136,14 +137,15 @@ class Experiment:
     def run(self, row, seed):
         """Trains, samples and scores one row with one seed, from wherever an earlier attempt got to, and writes its line."""
         how, begun = self.rows[row], time.monotonic()
+        sampled = row if how.flags else how.weights
         tqdm.write(f"{row}, seed {seed}")
         place = self.place(row, seed)
         place.mkdir(exist_ok=True)
         if row == REAL:
             self.save_real(place / "real.npz", self.preset.reference + seed * self.preset.samples, self.preset.samples)
         else:
-            checkpoint = self.train(how.weights or row, seed)
-        flags = self.flags(how.weights or row, seed) if row != REAL else []
+            checkpoint = self.train(sampled, seed)
+        flags = self.flags(sampled, seed) if row != REAL else []
         line = {"row": row, "seed": seed, "flags": " ".join(flags), "variant": how.variant, "commit": commit(),
                 "metric": self.metric, "n": self.preset.samples}
         for steps in how.steps:
@@ -159,20 +161,28 @@ class Experiment:
             f.write(json.dumps(line) + "\n")
 
     def train(self, row, seed):
-        """The row's finished checkpoint; the run is made, or gone on with, if it is not there."""
-        place = self.place(row, seed)
+        """The row's finished checkpoint; the run is made, or gone on with, if it is not there, from the checkpoint of the row that it starts from."""
+        how, place = self.rows[row], self.place(row, seed)
+        checkpoint = place / "checkpoint.pt"
         with self.locks[place]:
-            if (place / "checkpoint.pt").exists():
-                self.programs.call("train.py", "--resume", "--out", place, variant=self.rows[row].variant)
+            if how.weights and not checkpoint.exists():         # two goes equal one, at half the cost
+                start = self.train(how.weights, seed).read_bytes()
+                with edges.atomic(checkpoint) as f:
+                    f.write(start)
+            if checkpoint.exists():
+                self.programs.call("train.py", "--resume", "--iterations", self.iterations(row), "--out", place, variant=how.variant)
             else:
                 shutil.rmtree(place, ignore_errors=True)        # a log at most: it was killed before its first checkpoint
                 self.programs.call("train.py", "--data", self.source, "--image-size", self.preset.image_size, "--sample-every", 0,
-                                   "--save-every", self.preset.iterations // 20 or 1, *self.flags(row, seed), "--out", place, variant=self.rows[row].variant)
-        return place / "checkpoint.pt"
+                                   "--save-every", self.preset.iterations // 20 or 1, *self.flags(row, seed), "--out", place, variant=how.variant)
+        return checkpoint
+
+    def iterations(self, row):
+        return round(self.preset.iterations * self.rows[row].share)
 
     def flags(self, row, seed):
         how = self.rows[row]
-        flags = f"{self.preset.flags} --iterations {round(self.preset.iterations * how.share)} {how.flags} --seed {seed}".replace("MATCHED", self.preset.matched)
+        flags = f"{self.preset.flags} --iterations {self.iterations(row)} {how.flags} --seed {seed}".replace("MATCHED", self.preset.matched)
         if "METRIC" in flags:
             flags = f"{flags.replace('METRIC', self.metric)} {METRIC_SIZE.get(self.preset.image_size, '')}"
         if "JUDGE" in flags:

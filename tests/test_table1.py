@@ -42,7 +42,7 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
                                          ("b", "self-perceptual"): table1.Row("--model casdm --self-perceptual JUDGE=0.1", steps=(10, 5)),
                                          ("b", "matched"): table1.Row("--model ddpm MATCHED", steps=(10, 5)),
                                          ("b", "clamp"): table1.Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
-                                         ("b", table1.REAL): table1.Row(steps=()), ("b", "long"): table1.Row("--model ddpm", share=2, steps=(5,))})
+                                         ("b", table1.REAL): table1.Row(steps=()), ("b", "long"): table1.Row("--model ddpm", weights="DDPM (eps)", share=2, steps=(5,))})
     monkeypatch.setattr(table1, "STEPS", (10, 5))
     monkeypatch.setattr(table1, "PAIRS", [])
     monkeypatch.setattr(table1, "CURVES", ())
@@ -60,7 +60,9 @@ def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, cap
     found = {(line["row"], line["seed"]): line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
     assert len(found) == 12 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
     assert "--res-blocks 2" in found["matched", 0]["flags"] and "ddpm-eps-1" in found["self-perceptual", 1]["flags"]
-    assert "20" in found["clamp", 0] and "5" not in found["clamp", 0] and read_checkpoint(tmp_path / "work/long-1/checkpoint.pt")["step"] == 4
+    assert "20" in found["clamp", 0] and "5" not in found["clamp", 0]
+    assert "step 2 of 4" in (tmp_path / "work/output.log").read_text() and "--iterations 4" in found["long", 1]["flags"]
+    assert [read_checkpoint(tmp_path / f"work/{run}/checkpoint.pt")["step"] for run in ("ddpm-eps-1", "long-1")] == [2, 4]
     real = [np.load(tmp_path / f"work/training-images-{seed}/real.npz")["arr_0"] for seed in (0, 1)]
     assert len(real[0]) == 4 and not np.array_equal(*real) and found[table1.REAL, 1]["10"]["FID-768"] == real[1].mean()
     assert found["clamp", 0]["variant"] == "clamp-mixed" and not (tmp_path / "work/clamp-0/checkpoint.pt").exists()
@@ -111,10 +113,12 @@ def test_every_rows_flags_mean_something_to_train(tmp_path, monkeypatch):
         experiment = table1.Experiment(preset, tmp_path)
         monkeypatch.setattr(experiment, "train", lambda row, seed: experiment.place(row, seed) / "checkpoint.pt")
         for row, how in experiment.rows.items():
+            assert how.variant in ("", *variants.VARIANTS)
             if how.flags:
                 s, _ = train.parse_args(["--data", "cifar10", "--image-size", str(experiment.preset.image_size), *experiment.flags(row, 2)])
                 assert s["seed"] == 2 and s["iterations"] == experiment.preset.iterations * how.share
-                assert how.variant in ("", *variants.VARIANTS) and set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
+                assert set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
+                assert not how.weights or how.flags == experiment.rows[how.weights].flags       # going on with another run's checkpoint is that run, longer
 
 
 def test_one_network_is_matched_to_cas_dms_two():
