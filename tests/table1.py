@@ -7,8 +7,8 @@ r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with 
 
 Each run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps, and scored: for `paper` by fid.py, else
 by a program that stands apart from this project and prints FID-768 and sFID (`--scorer`).  Table 1 comes first, then the rest, each seed by
-seed, so that what is there is comparable at any time; whatever is killed goes on where it was.  A line holds the flags, the commit and the
-seconds of its run; means are over seeds with their standard error, differences are of equal seeds.  The last checkpoint is scored; the paper
+seed, so that what is there is comparable at any time; whatever is killed goes on where it was, and a run of twice the iterations where the row's
+own run ends.  A line holds the flags and the commit of its run and the seconds of its last attempt; means are over seeds with their standard error, differences are of equal seeds.  The last checkpoint is scored; the paper
 takes the best of those that it evaluates.  FID-768 is no FID: it takes 768 features of a layer before FID's.
 
 presets:
@@ -161,7 +161,7 @@ class Experiment:
             f.write(json.dumps(line) + "\n")
 
     def train(self, row, seed):
-        """The row's finished checkpoint; the run is made, or gone on with, if it is not there, from the checkpoint of the row that it starts from."""
+        """The row's finished checkpoint; the run is made, or gone on with, if it is not there: `weights` names the row whose checkpoint it begins with."""
         how, place = self.rows[row], self.place(row, seed)
         checkpoint = place / "checkpoint.pt"
         with self.locks[place]:
