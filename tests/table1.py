@@ -7,9 +7,10 @@ r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with 
 
 Each run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps, and scored: for `paper` by fid.py, else
 by a program that stands apart from this project and prints FID-768 and sFID (`--scorer`).  Table 1 comes first, then the rest, each seed by
-seed, so that what is there is comparable at any time; whatever is killed goes on where it was, and a run of twice the iterations where the row's
-own run ends.  A line holds the flags and the commit of its run and the seconds of its last attempt; means are over seeds with their standard error, differences are of equal seeds.  The last checkpoint is scored; the paper
-takes the best of those that it evaluates.  FID-768 is no FID: it takes 768 features of a layer before FID's.
+seed, so that what is there is comparable at any time; whatever is killed goes on where it was, and a run of twice the iterations goes on
+where the row's own run ends.  A line holds the flags and the commit of its run and the seconds of its last attempt; means are over seeds with
+their standard error, differences are of equal seeds.  The last checkpoint is scored; the paper takes the best of those that it evaluates.
+FID-768 is no FID: it takes 768 features of a layer before FID's.
 
 presets:
     cpu      16 x 16, 32 channels, 1 block, 2,500 iterations of 32; 2,048 images a score, against 10,000; Table 1 takes some 5 hours of two cores with --jobs 2
