@@ -118,6 +118,7 @@ class Run:
             raise ArithmeticError(f"step {self.begun[0] + int(self.applied) + 1}: {', '.join(names)} is not finite; expected numbers; the step was not applied, "
                                   f"the last checkpoint in {self.folder} is from before it; try a smaller --lr or --precision fp32")
 
+    @torch.no_grad()        # else every average would carry the graph of all steps before it
     def update_ema(self):
         """CHOICE: decay 0.9999 as in improved-diffusion, ramped as (1 + k) / (10 + k): without a ramp 61 % of the random start is left after 5k steps."""
         decay = min(self.settings["ema"], (1 + self.step) / (10 + self.step))

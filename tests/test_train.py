@@ -173,6 +173,7 @@ def test_the_moving_average_is_ramped_and_a_plain_recursion(tmp_path):
         want = d * want + (1 - d) * r.weights[0].detach().double()
         r.update_ema()
     torch.testing.assert_close(r.averages[0].double(), want, rtol=0, atol=1e-5)
+    assert not any(average.requires_grad for average in r.averages), "an average carries the graph of every step before it"
 
 
 def test_metrics_never_enter_the_model_or_the_checkpoint(tmp_path, monkeypatch):
