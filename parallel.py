@@ -14,10 +14,21 @@ import sys
 import torch
 import torch.distributed as dist
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def processes():
+    """How many processes torchrun started, this one among them; 1 without torchrun.
+
+    A batch system may set WORLD_SIZE, or any of these names, alone: only all of them are torchrun's.
+    """
+    whole = all(name in os.environ for name in TORCHRUN)
+    return int(os.environ["WORLD_SIZE"]) if whole else 1
+
 
 def begin(device):
-    """Joins the group, if torchrun started this process; returns the device that is this rank's own."""
-    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+    """Joins the group of several processes; returns the device that is this rank's own."""
+    if processes() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -139,39 +139,48 @@ def settings_of(p, a):
     a.typed = typed
     implied = {"sample_every": 0} if MODELS[a.model or PAPER["model"]] is Classifier else {"objective": "hybrid"} if a.learn_sigma else {}
     s = PAPER | (SHAPES if data == "shapes" else {}) | {"image_size": DATASETS[data].image_size if data in DATASETS else None} | implied | typed
-    if not a.resume:
-        check(p, s, typed)
+    if not a.resume:        # `reopen` checks what a resumed run comes to
+        try:
+            check(s, typed)
+        except ValueError as e:
+            p.error(str(e))
     return s
 
 
-def check(p, s, typed):
-    """Usage errors: all that the flags alone show to be wrong."""
-    foreign = {key for model in MODELS.values() for key in model.options} - set(MODELS[s["model"]].options)
-    if wrong := sorted(foreign & set(typed)):
-        p.error(f"--{wrong[0].replace('_', '-')} means nothing to --model {s['model']}; leave it out")
-    processes = int(os.environ.get("WORLD_SIZE", 1))       # torchrun's
+def check(s, typed):
+    """ValueError, one line, for settings that mean nothing together; of a new run, a usage error."""
+    options = set(MODELS[s["model"]].options)
+    foreign = {key for model in MODELS.values() for key in model.options} - options
+    for key in sorted(foreign & set(typed)):
+        raise ValueError(f"--{key.replace('_', '-')} means nothing to --model {s['model']}; "
+                         "leave it out")
+    processes = parallel.processes()
     if s["batch_size"] % (processes * s["accumulate"]):
-        p.error(f"--batch-size {s['batch_size']}: expected a multiple of {processes} processes x --accumulate {s['accumulate']}; change one of them")
-    try:
-        with torch.device("meta"):
-            model = build_model(s | {"image_size": s["image_size"] or DEFAULTS["image_size"]})
-        schedule = SCHEDULES[s["schedule"]](s["T"])
-        if schedule.beta.max() >= 1:
-            raise ValueError(f"--schedule {s['schedule']} with --T {s['T']} reaches beta = 1; expected a smaller one; use more steps or the cosine schedule")
-        if s["sample_every"]:
-            respace(schedule, min(GRID_STEPS, s["T"]))
-    except ValueError as e:
-        p.error(str(e))
+        raise ValueError(f"--batch-size {s['batch_size']}: expected a multiple of "
+                         f"{processes} processes x --accumulate {s['accumulate']}; "
+                         "change one of them")
+    with torch.device("meta"):
+        model = build_model(s | {"image_size": s["image_size"] or DEFAULTS["image_size"]})
+    schedule = SCHEDULES[s["schedule"]](s["T"])
+    if schedule.beta.max() >= 1:
+        raise ValueError(f"--schedule {s['schedule']} with --T {s['T']} reaches beta = 1; "
+                         "expected a smaller one; use more steps or the cosine schedule")
     if s["metric"] and "x0" not in model.loss_terms:
-        p.error("a metric compares clean images, and neither DDPM's eps mode nor a classifier learns any; use --predict x0, --model dual or --model casdm")
+        raise ValueError("a metric compares clean images, and neither DDPM's eps mode nor a "
+                         "classifier learns any; use --predict x0, --model dual or --model casdm")
     if s["learn_sigma"] != (s["objective"] != "simple"):
-        p.error(f"--objective {s['objective']}: hybrid and vlb train the variance of --learn-sigma, simple does not; give both or neither")
+        raise ValueError(f"--objective {s['objective']}: hybrid and vlb train the variance of "
+                         "--learn-sigma, simple does not; give both or neither")
     if s["learn_sigma"] and (s["predict"] != "eps" or s["self_perceptual"]):
-        p.error("--learn-sigma belongs to DDPM's eps mode and its own objectives; leave out --predict x0 and --self-perceptual")
+        raise ValueError("--learn-sigma belongs to DDPM's eps mode and its own objectives; "
+                         "leave out --predict x0 and --self-perceptual")
     if s["label_dropout"] and not s["class_cond"]:
-        p.error("--label-dropout drops labels; expected --class-cond too")
-    if MODELS[s["model"]] is Classifier and (s["sample_every"] or s["eval_every"]):
-        p.error("--sample-every and --eval-every: a classifier makes no images; leave them out")
+        raise ValueError("--label-dropout drops labels; expected --class-cond too")
+    if s["sample_every"] or s["eval_every"]:
+        if MODELS[s["model"]] is Classifier:
+            raise ValueError("--sample-every and --eval-every: a classifier makes no images; "
+                             "leave them out")
+        respace(schedule, min(GRID_STEPS, s["T"]))      # the steps of grids and evaluations
 
 
 def parse_metric(text):
@@ -193,8 +202,9 @@ def main(argv=None):
     s, a = parse_args(argv)
     device = parallel.begin(edges.open_device(a.device))
     folder = (a.out or Path("runs") / f"{s['model']}-{Path(s['data']).stem}").absolute()
-    state = reopen(folder, s, a.typed) if a.resume else None
-    s = PAPER | state["settings"] if state else s
+    state = reopen(folder, a.typed) if a.resume else None
+    if state:
+        s = state["settings"]
     if state and state["step"] >= s["iterations"] and not any(pending(s, folder, state["step"])):
         print(f"{folder} is finished: {state['step']} of {s['iterations']} steps; --iterations N goes on to N")
         return 0
@@ -218,16 +228,23 @@ def main(argv=None):
     return conclude(run, finished)
 
 
-def reopen(folder, s, typed):
-    """The checkpoint in `folder`, its settings changed where --resume may; ValueError, naming it, for any other change."""
-    if not (folder / "checkpoint.pt").exists():
-        raise FileNotFoundError(f"{folder} has no checkpoint.pt; expected a run to resume; name its folder by --out, or leave --resume out to start one")
-    state = read_checkpoint(folder / "checkpoint.pt")
-    kept = state["settings"]
+def reopen(folder, typed):
+    """The checkpoint in `folder`, its settings with what was typed, where --resume may change it.
+
+    ValueError, naming it, for any other change, and for settings that mean nothing together.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no checkpoint.pt; expected a run to resume; "
+                                "name its folder by --out, or leave --resume out to start one")
+    state = read_checkpoint(path)
+    kept = PAPER | state["settings"]
     for key, value in typed.items():
-        if key not in FREE and value != kept.get(key):
-            raise ValueError(f"--{key.replace('_', '-')} {value}: the run in {folder} has {kept.get(key)}; expected the same; leave it out, or start another run")
-    kept.update((key, typed[key]) for key in FREE if key in typed)
+        if key not in FREE and value != kept[key]:
+            raise ValueError(f"--{key.replace('_', '-')} {value}: the run in {folder} has "
+                             f"{kept[key]}; expected the same; leave it out, or start another run")
+    state["settings"] = kept | typed
+    check(state["settings"], typed)
     return state
 
 

@@ -71,11 +71,26 @@ def test_parts_of_the_batch_give_the_gradient_of_the_undivided_batch(parts, size
     torch.testing.assert_close(gradient(slices), gradient([slice(None)]), rtol=1e-9, atol=1e-12)
 
 
-def test_a_batch_that_does_not_divide_is_a_usage_error(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+@pytest.fixture
+def torchrun_of_three(monkeypatch):
+    """The environment that torchrun gives one of three processes; no group is joined."""
+    for name, value in zip(parallel.TORCHRUN, ("0", "0", "3", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+
+
+def test_a_batch_that_does_not_divide_is_a_usage_error(torchrun_of_three, capsys):
     with pytest.raises(SystemExit) as end:
         train.main([*SMALL, "--accumulate", "2"])
     assert end.value.code == 2 and "multiple of 3 processes x --accumulate 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", parallel.TORCHRUN)
+def test_a_part_of_torchruns_environment_is_a_single_process(name, monkeypatch):
+    """A batch system sets WORLD_SIZE, or LOCAL_RANK, for purposes of its own."""
+    monkeypatch.setenv(name, "3")
+    assert parallel.processes() == 1
+    assert parallel.begin(torch.device("cpu")) == torch.device("cpu") and parallel.size() == 1
+    train.parse_args([*SMALL, "--batch-size", "4"])
 
 
 @pytest.mark.slow

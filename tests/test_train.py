@@ -101,7 +101,8 @@ def test_every_row_of_the_tables_is_a_command_line(line):
     ("--model ddpm --lpips 0.1", "eps mode"), ("--model ddpm --refiner unet", "--refiner"), ("--model dual --predict x0", "--predict"),
     ("--model dual --init-eps f.pt", "--init-eps"), ("--image-size 30", "30"), ("--channels 48", "48"), ("--lr nan", "nan"), ("--lr 0", "'0'"), ("--lr -1", "'-1'"),
     ("--lpips inf", "inf"), ("--lpips -0.1", "-0.1"), ("--metric vgg=1", "vgg=1"), ("--metric ssim", "ssim"), ("--metric ssim=x", "'x'"), ("--iterations 0", "'0'"), ("--batch-size 2.5", "2.5"),
-    ("--dropout 1", "'1'"), ("--ema 1.1", "1.1"), ("--T 150", "100 sampling steps"), ("--T 0", "'0'"), ("--model gan", "gan"), ("--mod ddpm", "--mod"), ("--seed -1", "-1"), ("--device tpu9", "tpu9"),
+    ("--dropout 1", "'1'"), ("--ema 1.1", "1.1"), ("--T 150", "100 sampling steps"), ("--T 150 --sample-every 0 --eval-every 5", "100 sampling steps"),
+    ("--T 0", "'0'"), ("--model gan", "gan"), ("--mod ddpm", "--mod"), ("--seed -1", "-1"), ("--device tpu9", "tpu9"),
 ])
 def test_what_the_flags_alone_show_to_be_wrong_is_one_line_and_exit_2(line, says, capsys):
     with pytest.raises(SystemExit) as end:
@@ -288,6 +289,32 @@ def test_resume_refuses_a_changed_setting_and_names_it(flags, names, tmp_path, c
     assert run("--resume", "--iterations", 2, "--out", tmp_path / "run", *flags.split()) == 1
     assert names in capsys.readouterr().err
     assert read_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("begun, changed, says", [
+    ("", "--accumulate 3", "multiple of 1 processes x --accumulate 3"),
+    ("", "--accumulate 16", "multiple of 1 processes x --accumulate 16"),
+    ("--model classifier", "--sample-every 5", "makes no images"),
+    ("--model classifier", "--eval-every 5", "makes no images"),
+    ("--T 150", "--sample-every 5", "100 sampling steps"),
+    ("--T 150", "--eval-every 5", "100 sampling steps"),
+])
+def test_a_resume_is_checked_on_the_settings_it_comes_to(begun, changed, says, tmp_path, capsys):
+    """Before anything is done: one line, exit 1, since it depends on the checkpoint."""
+    assert run(*SMALL, *begun.split(), "--iterations", 1, "--out", tmp_path / "run") == 0
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert run("--resume", "--iterations", 2, "--out", tmp_path / "run", *changed.split()) == 1
+    out, error = capsys.readouterr()
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error and not out
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_a_resume_by_another_number_of_processes_is_checked(tmp_path, monkeypatch):
+    assert run(*SMALL, "--iterations", 1, "--out", tmp_path / "run") == 0
+    monkeypatch.setattr("parallel.processes", lambda: 3)
+    with pytest.raises(ValueError, match="--batch-size 4: expected a multiple of 3 processes"):
+        train.reopen(tmp_path / "run", {})
 
 
 def test_another_run_is_never_written_over(tmp_path, capsys):
