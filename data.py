@@ -61,6 +61,7 @@ EXTENSIONS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp"
               ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif", ".jp2", ".j2k"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")     # not EPS: Pillow hands it to ghostscript
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"     # of cifar-10-python.tar.gz
+HERE = Path("data")     # where CIFAR-10 is or goes, if no --data-dir says otherwise
 VERSION = 1             # of what a prepared file holds; part of every fingerprint
 
 
@@ -141,7 +142,7 @@ def _open(source, image_size, data_dir, skip_bad):
     if source == "shapes":
         return *shapes(image_size or own_size), "shapes", own_size
     if source == "cifar10":
-        cifar10 = _cifar10(Path(data_dir or "data"))
+        cifar10 = _cifar10(Path(data_dir or HERE))
         return cifar10.data, np.array(cifar10.targets, np.int64), CIFAR10_SHA256, own_size
     if own_size and data_dir is None:
         raise ValueError(f"{source} has no download and no --data-dir was given; expected your copy, a folder of images or "

@@ -8,7 +8,6 @@ Nothing here waits for a GPU but what the log, a checkpoint or a picture needs: 
 """
 import copy
 import json
-import sys
 import time
 
 import numpy as np
@@ -32,7 +31,7 @@ GRID, GRID_STEPS = 64, 100      # images in samples_STEP.png, and their DDIM ste
 class Run:
     """What training changes, and the folder that it leaves: all of it but the pictures can be had back from checkpoint.pt."""
 
-    def __init__(self, settings, folder, device, images, metrics, network=None):
+    def __init__(self, settings, folder, device, images, metrics, network=None, resumed=False):
         self.settings, self.folder, self.device, self.images = settings, folder, device, images
         self.network = network      # FID's
         if device.type == "cpu":
@@ -40,8 +39,10 @@ class Run:
         self.metrics = {name: (weight, m.to(device) if isinstance(m, torch.nn.Module) else m) for name, (weight, m) in metrics.items()}
         torch.manual_seed(int(stream(settings["seed"], "weights", 0).integers(2 ** 31)))
         self.model = build_model(settings).to(device)
-        if settings["init_eps"]:
-            load_published(self.model.eps_net, edges.read_tensors(settings["init_eps"], "improved-diffusion checkpoint"), settings["init_eps"])
+        if settings["init_eps"] and not resumed:
+            file = settings["init_eps"]
+            weights = edges.read_tensors(file, "improved-diffusion checkpoint")
+            load_published(self.model.eps_net, weights, file)
         if not self.model.loss_terms:       # the self-perceptual objective alone: a second stage of the model that judges it (SP)
             start_from(self.model, metrics["self-perceptual"][1].frozen)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -187,8 +188,6 @@ class Run:
             self.step = self.saved = state["step"]
         except Exception as e:      # tensors of any wrong kind
             raise ValueError(f"{self.folder / 'checkpoint.pt'} does not fit its settings ({' '.join(str(e).split())[:160]}); expected what train.py wrote") from None
-        if state["data"] != self.images.fingerprint:
-            print(f"note: {self.images.name} has changed since this run began", file=sys.stderr)
         self.begun = self.clock = (self.step, time.monotonic())
         rows = [row for row in read_log(self.folder) if row["step"] <= self.step]
         if (self.folder / "log.jsonl").exists() and parallel.rank() == 0:

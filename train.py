@@ -25,7 +25,7 @@ from tqdm import tqdm
 import edges
 import fid
 import parallel
-from data import DATASETS, batch_indices, from_pixels, load_images, stream
+from data import DATASETS, HERE, batch_indices, from_pixels, load_images, stream
 from diffusion import SCHEDULES, respace
 from losses import METRICS, FeatureDistance, SelfPerceptual, training_losses
 from refiner import DEFAULTS, MODELS, OBJECTIVES, REFINER_INPUTS, REFINERS, Classifier, build_model
@@ -36,7 +36,9 @@ from sample import check_same_noise, load_model, read_checkpoint
 PAPER = DEFAULTS | dict(data="shapes", data_dir=None, skip_bad=False, metric={}, metric_size=None, init_eps=None, class_cond=False, iterations=400_000, batch_size=128, accumulate=1, lr=1e-4,
                         ema=0.9999, seed=0, precision="fp32", compile=False, sample_every=10_000, save_every=10_000, eval_every=0, eval_samples=10_000)
 SHAPES = dict(channels=32, res_blocks=1, T=1000, iterations=1200, batch_size=16, lr=1e-3, sample_every=600, save_every=600)
-FREE = ("iterations", "accumulate", "sample_every", "save_every", "eval_every", "eval_samples", "data_dir")     # settings that --resume may change
+# Settings that --resume may change; `moved` knows more.
+FREE = ("iterations", "accumulate", "sample_every", "save_every", "eval_every", "eval_samples",
+        "data_dir")
 
 
 def train(run, stop):
@@ -118,7 +120,9 @@ def parse_args(argv):
     how.add_argument("--device", type=edges.device, default="auto", help="auto: a GPU where there is one")
     where = p.add_argument_group("where")
     where.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
-    where.add_argument("--resume", action="store_true", help="go on with the run in --out; settings come from its checkpoint")
+    where.add_argument("--resume", action="store_true",
+                       help="go on with the run in --out; settings come from its checkpoint; "
+                       "--data, --data-dir and --self-perceptual may name where things are now")
     flag(where, "sample-every", "steps between grids of samples; 0: never", type=whole(0))
     flag(where, "save-every", "steps between checkpoints; 0: only the last", type=whole(0))
     flag(where, "eval-every", "steps between evaluations (FID, sFID, IS); 0: never", type=whole(0))
@@ -134,11 +138,19 @@ def settings_of(p, a):
         typed["metric"] = {name: weight for name, weight in [*(a.metric or []), ("lpips", a.lpips or 0)] if weight}
     data = typed.get("data", PAPER["data"])
     for key in ("data", "data_dir", "init_eps"):        # a run may be resumed from another folder
-        if key in typed and typed[key] not in DATASETS:
+        if key in typed and not (key == "data" and data in DATASETS):
             typed[key] = str(Path(typed[key]).absolute())
     a.typed = typed
-    implied = {"sample_every": 0} if MODELS[a.model or PAPER["model"]] is Classifier else {"objective": "hybrid"} if a.learn_sigma else {}
-    s = PAPER | (SHAPES if data == "shapes" else {}) | {"image_size": DATASETS[data].image_size if data in DATASETS else None} | implied | typed
+    implied = {"image_size": DATASETS[data].image_size if data in DATASETS else None}
+    if data == "shapes":
+        implied |= SHAPES
+    if data == "cifar10":
+        implied["data_dir"] = str(HERE.absolute())
+    if MODELS[a.model or PAPER["model"]] is Classifier:
+        implied["sample_every"] = 0
+    if a.learn_sigma:
+        implied["objective"] = "hybrid"
+    s = PAPER | implied | typed
     if not a.resume:        # `reopen` checks what a resumed run comes to
         try:
             check(s, typed)
@@ -211,7 +223,12 @@ def main(argv=None):
     if not state and parallel.rank() == 0:
         refuse_taken(folder)
     images, metrics, network = parallel.first(lambda: load_inputs(s))
-    run = Run(s | {"image_size": images.pixels.shape[1], "num_classes": classes(s, images)}, folder, device, images, metrics, network and network.to(device))
+    if state:
+        check_data(state, s, images)
+    s |= {"image_size": images.pixels.shape[1], "num_classes": classes(s, images)}
+    if network:
+        network = network.to(device)
+    run = Run(s, folder, device, images, metrics, network, resumed=bool(state))
     folder.mkdir(parents=True, exist_ok=True)
     if state:
         run.load(state)
@@ -240,12 +257,34 @@ def reopen(folder, typed):
     state = read_checkpoint(path)
     kept = PAPER | state["settings"]
     for key, value in typed.items():
-        if key not in FREE and value != kept[key]:
+        if key not in FREE and value != kept[key] and not moved(key, kept[key], value):
             raise ValueError(f"--{key.replace('_', '-')} {value}: the run in {folder} has "
                              f"{kept[key]}; expected the same; leave it out, or start another run")
     state["settings"] = kept | typed
     check(state["settings"], typed)
     return state
+
+
+def moved(key, old, new):
+    """Whether a resumed run's `new` value of a setting may be another place of the `old` one."""
+    if key == "data":       # `check_data` compares what is there
+        return not {old, new} & DATASETS.keys()
+    return key == "self_perceptual" and list(old.values()) == list(new.values())
+
+
+def check_data(state, s, images):
+    """ValueError where a resumed run would go on with other images than its own.
+
+    A folder's fingerprint holds its files' times, which a copy may change: there it is a note.
+    """
+    if state["data"] == images.fingerprint:
+        return
+    place = s["data_dir"] if s["data"] in DATASETS else s["data"]
+    if not Path(place or "").is_dir():
+        raise ValueError(f"{images.name} is not what this run began with; expected the same "
+                         "images; name their place by --data or --data-dir, or start another run")
+    print(f"note: files in {place} have changed since this run began, or were copied with new "
+          "times", file=sys.stderr)
 
 
 def refuse_taken(folder):

@@ -1,6 +1,7 @@
 """The loop and its promises: settings, resuming bit for bit, signals, non-finite numbers, full disks."""
 import argparse
 import importlib
+import os
 import resource
 import signal
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import edges
 import losses
 import train
 from curves import read_log
+from refiner import build_model
 from sample import load_model, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -289,6 +292,102 @@ def test_resume_refuses_a_changed_setting_and_names_it(flags, names, tmp_path, c
     assert run("--resume", "--iterations", 2, "--out", tmp_path / "run", *flags.split()) == 1
     assert names in capsys.readouterr().err
     assert read_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 1
+
+
+def test_a_run_and_its_images_can_be_moved(images, tmp_path):
+    """The run's folder and its .npz go elsewhere between two steps; the end is bitwise the same."""
+    common = [*SMALL, "--data", images]
+    assert run(*common, "--iterations", 4, "--out", tmp_path / "one") == 0
+    assert run(*common, "--iterations", 2, "--out", tmp_path / "two") == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    place, moved = elsewhere / "two", elsewhere / "pixels.npz"
+    (tmp_path / "two").rename(place)
+    images.rename(moved)
+    go_on = ["--resume", "--out", place, "--device", "cpu"]
+    assert run(*go_on, "--data", moved, "--iterations", 3) == 0
+    assert run(*go_on, "--iterations", 4) == 0, "the new place was not kept"
+    assert_same_run(tmp_path / "one", place)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_resume_with_other_images_in_an_npz_is_refused(typed, images, tmp_path, capsys):
+    """Whether they lie at a new place or took the old one."""
+    assert run(*SMALL, "--data", images, "--iterations", 1, "--out", tmp_path / "run") == 0
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    other = tmp_path / "other.npz" if typed else images
+    np.savez(other, arr_0=np.zeros((10, 16, 16, 3), np.uint8))
+    capsys.readouterr()
+    change = ["--data", other] if typed else []
+    assert run("--resume", "--out", tmp_path / "run", "--iterations", 2, *change) == 1
+    error = capsys.readouterr().err
+    assert f"error: {other} is not what this run began with" in error and error.count("\n") == 1
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("old, new", [("shapes", "images.npz"), ("images.npz", "shapes")])
+def test_a_named_set_and_a_path_are_never_one_anothers_place(old, new, images, tmp_path,
+                                                             monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*SMALL, "--data", old, "--iterations", 1, "--out", "run") == 0
+    assert run("--resume", "--out", "run", "--iterations", 2, "--data", new) == 1
+    assert "expected the same" in capsys.readouterr().err
+
+
+def test_a_copied_folder_of_images_is_another_place_with_a_note(tmp_path, monkeypatch, capsys):
+    """Its fingerprint holds times, which a copy may change, so that it cannot prove a change."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(old / f"{i}.png")
+    flags = [*SMALL, "--data", old, "--image-size", 16]
+    assert run(*flags, "--iterations", 1, "--out", tmp_path / "run") == 0
+    old.rename(new)
+    go_on = ["--resume", "--out", tmp_path / "run", "--device", "cpu", "--data", new]
+    assert run(*go_on, "--iterations", 2) == 0
+    assert "note:" not in capsys.readouterr().err
+    os.utime(new / "0.png", (1, 1))
+    assert run(*go_on, "--iterations", 3) == 0
+    assert f"note: files in {new} have changed" in capsys.readouterr().err
+
+
+def test_the_place_of_cifar10_is_kept_where_the_run_found_it(tmp_path, monkeypatch):
+    """Without --data-dir it is ./data: of the folder in which the run began, not of any later."""
+    monkeypatch.chdir(tmp_path)
+    s, _ = train.parse_args(["--data", "cifar10"])
+    assert s["data_dir"] == str(tmp_path / "data")
+    typed, _ = train.parse_args(["--data", "cifar10", "--data-dir", "cifar10"])
+    assert typed["data_dir"] == str(tmp_path / "cifar10")
+
+
+def test_a_resume_needs_no_published_weights(tmp_path):
+    """What the run began with is in its checkpoint, trained further."""
+    published = tmp_path / "published.pt"
+    s, _ = train.parse_args(SMALL)
+    torch.save(build_model(s).eps_net.state_dict(), published)
+    common = [*SMALL, "--init-eps", published]
+    assert run(*common, "--iterations", 2, "--out", tmp_path / "one") == 0
+    assert run(*common, "--iterations", 1, "--out", tmp_path / "two") == 0
+    published.unlink()
+    go_on = ["--resume", "--out", tmp_path / "two", "--device", "cpu"]
+    assert run(*go_on, "--iterations", 2) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_self_perceptual_judge_can_be_moved_but_its_weight_stays(tmp_path, capsys):
+    old, new = tmp_path / "judge/checkpoint.pt", tmp_path / "moved.pt"
+    assert run(*SMALL, "--model", "ddpm", "--iterations", 1, "--out", tmp_path / "judge") == 0
+    common = [*SMALL, "--self-perceptual", f"{old}=1"]
+    assert run(*common, "--iterations", 2, "--out", tmp_path / "one") == 0
+    assert run(*common, "--iterations", 1, "--out", tmp_path / "two") == 0
+    old.rename(new)
+    go_on = ["--resume", "--out", tmp_path / "two", "--device", "cpu", "--iterations", 2]
+    assert run(*go_on) == 1 and str(old) in capsys.readouterr().err
+    assert run(*go_on, "--self-perceptual", f"{new}=2") == 1
+    assert "expected the same" in capsys.readouterr().err
+    assert run(*go_on, "--self-perceptual", f"{new}=1") == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("begun, changed, says", [
