@@ -57,7 +57,7 @@ class Model(nn.Module):
 
 class DDPM(Model):
     """One U-Net that predicts eps' (r_t = 0) or x0' (r_t = 1), the other follows from it; and v, if it learns the variance (variance.py)."""
-    options = (*Model.options, "predict", "learn_sigma", "objective")
+    options = (*Model.options, "predict", "learn_sigma", "objective", "init_eps")
     guided = 3
 
     def __init__(self, s, schedule):

@@ -42,7 +42,7 @@ class Run:
         if settings["init_eps"] and not resumed:
             file = settings["init_eps"]
             weights = edges.read_tensors(file, "improved-diffusion checkpoint")
-            load_published(self.model.eps_net, weights, file)
+            load_published(getattr(self.model, self.model.theta), weights, file)
         if not self.model.loss_terms:       # the self-perceptual objective alone: a second stage of the model that judges it (SP)
             start_from(self.model, metrics["self-perceptual"][1].frozen)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)

@@ -90,7 +90,8 @@ def parse_args(argv):
     flag(what, "predict", "what DDPM's network predicts", choices=("eps", "x0"))
     flag(what, "refiner", "Cas-DM's phi: the U-Net, or the Fix-Res CNN", choices=REFINERS)
     flag(what, "refiner-input", "what phi sees: x0*, or concat(x0*, eps')", choices=REFINER_INPUTS)
-    flag(what, "init-eps", "start Cas-DM's theta from an improved-diffusion checkpoint", metavar="FILE")
+    flag(what, "init-eps", "start Cas-DM's theta, or a DDPM that predicts eps, from an "
+         "improved-diffusion checkpoint", metavar="FILE")
     flag(what, "lpips", "lambda of LPIPS; the same as --metric lpips=W; the paper's is 0.1", type=real(0), metavar="W")
     flag(what, "metric", f"a metric on x0' and its lambda: {', '.join(METRICS)}; may be repeated", type=parse_metric, action="append", metavar="NAME=W")
     flag(what, "metric-size", "side to which a network's metric enlarges images; time grows with its square (default: the paper's 224)", type=whole(32), metavar="S")
@@ -186,6 +187,9 @@ def check(s, typed):
     if s["learn_sigma"] and (s["predict"] != "eps" or s["self_perceptual"]):
         raise ValueError("--learn-sigma belongs to DDPM's eps mode and its own objectives; "
                          "leave out --predict x0 and --self-perceptual")
+    if s["init_eps"] and (s["predict"] != "eps" or not model.loss_terms):
+        raise ValueError("--init-eps: published weights predict eps, where --predict x0 does not "
+                         "and --self-perceptual starts from its judge; leave one of them out")
     if s["label_dropout"] and not s["class_cond"]:
         raise ValueError("--label-dropout drops labels; expected --class-cond too")
     if s["sample_every"] or s["eval_every"]:

@@ -193,9 +193,12 @@ def zero(module):
 def load_published(net, state, source):
     """Copies an improved-diffusion checkpoint into `net`: same tensors in the same order, whatever their names.
 
-    state: its state dict.  Of a learned-variance head (twice net's output channels) the first half, eps, is kept.
-    ValueError, naming the first tensor that does not fit.
+    state: its state dict.  Of a learned-variance head (twice net's output channels) the first
+    half, eps, is kept.  ValueError for anything else, naming the first tensor that does not fit.
     """
+    if not isinstance(state, dict):
+        raise ValueError(f"{source} holds a {type(state).__name__}; expected a dict of tensors, "
+                         "a network's state dict; give improved-diffusion's own file")
     own = net.state_dict()
     theirs = [v for v in state.values() if isinstance(v, torch.Tensor)]
     if len(theirs) != len(own):

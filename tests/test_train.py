@@ -20,6 +20,7 @@ import train
 from curves import read_log
 from refiner import build_model
 from sample import load_model, read_checkpoint
+from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--channels", "32", "--res-blocks", "1", "--T", "20", "--batch-size", "4", "--sample-every", "0", "--device", "cpu"]
@@ -102,7 +103,10 @@ def test_every_row_of_the_tables_is_a_command_line(line):
 
 @pytest.mark.parametrize("line, says", [
     ("--model ddpm --lpips 0.1", "eps mode"), ("--model ddpm --refiner unet", "--refiner"), ("--model dual --predict x0", "--predict"),
-    ("--model dual --init-eps f.pt", "--init-eps"), ("--image-size 30", "30"), ("--channels 48", "48"), ("--lr nan", "nan"), ("--lr 0", "'0'"), ("--lr -1", "'-1'"),
+    ("--model dual --init-eps f.pt", "--init-eps"), ("--model classifier --init-eps f.pt", "--init-eps"),
+    ("--model ddpm --predict x0 --init-eps f.pt", "--init-eps"),
+    ("--model ddpm --self-perceptual a.pt=1 --init-eps f.pt", "--init-eps"),
+    ("--image-size 30", "30"), ("--channels 48", "48"), ("--lr nan", "nan"), ("--lr 0", "'0'"), ("--lr -1", "'-1'"),
     ("--lpips inf", "inf"), ("--lpips -0.1", "-0.1"), ("--metric vgg=1", "vgg=1"), ("--metric ssim", "ssim"), ("--metric ssim=x", "'x'"), ("--iterations 0", "'0'"), ("--batch-size 2.5", "2.5"),
     ("--dropout 1", "'1'"), ("--ema 1.1", "1.1"), ("--T 150", "100 sampling steps"), ("--T 150 --sample-every 0 --eval-every 5", "100 sampling steps"),
     ("--T 0", "'0'"), ("--model gan", "gan"), ("--mod ddpm", "--mod"), ("--seed -1", "-1"), ("--device tpu9", "tpu9"),
@@ -373,6 +377,40 @@ def test_a_resume_needs_no_published_weights(tmp_path):
     go_on = ["--resume", "--out", tmp_path / "two", "--device", "cpu"]
     assert run(*go_on, "--iterations", 2) == 0
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("flags, channels", [("--model casdm", 3), ("--model ddpm", 3),
+                                             ("--model ddpm --learn-sigma", 6)])
+def test_published_weights_start_the_network_that_predicts_eps(flags, channels, tmp_path):
+    """Of a file with a learned variance a DDPM with one keeps all channels, the others eps alone."""
+    theirs = UNet(3, 6, 16, channels=32, res_blocks=1)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    torch.save(theirs.state_dict(), tmp_path / "published.pt")
+    s, _ = train.parse_args([*SMALL, *flags.split(), "--init-eps", str(tmp_path / "published.pt")])
+    images, *_ = train.load_inputs(s)
+    r = train.Run(s, tmp_path, torch.device("cpu"), images, {})
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 20])
+    for model in (r.model.eval(), r.ema):
+        expected = theirs.eval()(x, model.time(t, x))
+        pred = model(x, t)
+        torch.testing.assert_close(pred.eps_hat, expected[:, :3], rtol=0, atol=0)
+        if channels == 6:
+            torch.testing.assert_close(pred.v, expected[:, 3:], rtol=0, atol=0)
+
+
+def test_published_weights_of_another_kind_are_one_line(tmp_path, capsys):
+    """A torch file that holds a list, or a head without a variance where one is to be learned."""
+    file = tmp_path / "published.pt"
+    flags = [*SMALL, "--model", "ddpm", "--init-eps", file, "--out", tmp_path / "run"]
+    torch.save([torch.zeros(3)], file)
+    assert run(*flags) == 1
+    torch.save(UNet(3, 3, 16, channels=32, res_blocks=1).state_dict(), file)
+    assert run(*flags, "--learn-sigma") == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {file} holds a list; expected a dict")
+    assert second.startswith(f"error: {file} has [3, 32, 3, 3] where this U-Net has out.2.weight")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_self_perceptual_judge_can_be_moved_but_its_weight_stays(tmp_path, capsys):

@@ -255,3 +255,9 @@ def test_weights_of_another_size_raise_one_line_and_change_nothing():
     with pytest.raises(ValueError, match=r"^theirs.pt has \[9, 32, 3, 3\] where this U-Net has out.2.weight \[3, 32, 3, 3\]; give [^\n]*$"):
         load_published(ours, foreign(small(out_channels=9)), "theirs.pt")
     assert all(torch.equal(a, b) for a, b in zip(before.values(), ours.state_dict().values()))
+
+
+@pytest.mark.parametrize("held", [[torch.zeros(1)], torch.zeros(1), 3, None])
+def test_a_torch_file_that_holds_no_dict_raises_one_line(held):
+    with pytest.raises(ValueError, match=r"^theirs.pt holds a \w+; expected a dict of tensors[^\n]*$"):
+        load_published(small(), held, "theirs.pt")
