@@ -145,10 +145,14 @@ def load_model(path, device="cpu", raw=False, classifier=False):
 # ---- pictures ----
 
 def save_grid(pixels, path, classes=None):
-    """uint8 [N, H, W, 3] as one PNG, row by row, near square; or a row a class, where image i has label i mod `classes`."""
+    """uint8 [N, H, W, 3] as one PNG, row by row, near square.
+
+    classes : image i has label i mod `classes`; then a row a class, unless that would be more than
+              ten times as high as wide.
+    """
     pixels = torch.as_tensor(pixels).permute(0, 3, 1, 2)
     columns = math.ceil(math.sqrt(len(pixels)))
-    if classes:
+    if classes and classes <= 10 * math.ceil(len(pixels) / classes):
         columns = math.ceil(len(pixels) / classes)
         pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, columns * classes - len(pixels)))      # black where the last images are missing
         pixels = pixels.unflatten(0, (columns, classes)).transpose(0, 1).flatten(0, 1)

@@ -19,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -313,7 +314,7 @@ def load_inputs(s):
     images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
     for path, weight in s["self_perceptual"].items():
-        metrics["self-perceptual"] = (weight, SelfPerceptual(judge_of(path, s, classes(s, images) if images else None)))
+        metrics["self-perceptual"] = (weight, attempt(judge_of, path, s, images))
     network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
     if missing:
         raise OSError(" | ".join(missing))
@@ -331,23 +332,40 @@ def set_size(metrics, size):
         metric.size = size
 
 
-def judge_of(path, s, num_classes):
-    """The frozen model of --self-perceptual; ValueError where it does not know this run's noisy images or labels."""
+def judge_of(path, s, images):
+    """The frozen model of --self-perceptual, as a metric.
+
+    ValueError where it does not know this run's noisy images or labels.
+    images : the run's, or None where they are missing, which another message says
+    """
     judge, _, theirs = load_model(path)
-    check_same_noise(path, theirs, s)
-    if judge.num_classes not in (None, num_classes) or (judge.num_classes and s["label_dropout"] and judge.null_label is None):
-        raise ValueError(f"{path} was trained with {judge.num_classes} classes; expected the labels of this run; use the same --class-cond and --label-dropout")
-    return judge
+    size, num_classes = s["image_size"], judge.num_classes
+    if images:
+        size, num_classes = images.pixels.shape[1], classes(s, images)
+    check_same_noise(path, theirs, s | {"image_size": size})
+    needs_null = judge.num_classes and s["label_dropout"] and judge.null_label is None
+    if judge.num_classes not in (None, num_classes) or needs_null:
+        raise ValueError(f"{path} was trained with {judge.num_classes} classes; expected the "
+                         "labels of this run; use the same --class-cond and --label-dropout")
+    return SelfPerceptual(judge)
 
 
 def classes(s, images):
-    """How many labels the run trains with, or None."""
+    """How many labels, 0..K-1, the run trains with, or None. ValueError where any is missing."""
     if not s["class_cond"] and MODELS[s["model"]] is not Classifier:
         return None
-    if images.labels is None or images.labels.min() < 0:
-        raise ValueError(f"{images.name} {'has no labels' if images.labels is None else 'has negative labels'}; expected 0, 1, ... for every image, "
-                         "from sub-folders or an .npz's arr_1; leave --class-cond out")
-    return int(images.labels.max()) + 1
+    remedy = "from sub-folders or an .npz's arr_1; leave --class-cond out"
+    if images.labels is None:
+        raise ValueError(f"{images.name} has no labels; expected one for every image, {remedy}")
+    present = np.unique(images.labels)
+    if present[0] < 0:
+        raise ValueError(f"{images.name} has negative labels; expected 0, 1, ..., {remedy}")
+    missing = np.setdiff1d(np.arange(len(present)), present)
+    if len(missing) and not s["num_classes"]:       # a run begun with a gap may go on with it
+        names = ", ".join(map(str, missing[:5]))
+        raise ValueError(f"{images.name} has labels up to {present[-1]}, but no image of "
+                         f"{names}; expected 0, 1, ... without a gap; number them anew")
+    return int(present[-1]) + 1
 
 
 def introduce(run):

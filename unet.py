@@ -105,7 +105,7 @@ class Encoder(UNet):
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), AttentionPool(c, classes, image_size >> (len(levels) - 1)))
 
     def forward(self, x, t, y=None):
-        return self.out(self.encode(x, t)[0])
+        return self.out(self.encode(x, t)[0]).to(x.dtype)
 
 
 class Block(nn.Sequential):

@@ -198,6 +198,15 @@ def test_the_classifier_learns_labels_by_cross_entropy_at_every_t():
     assert all(p.grad is not None for p in classifier.parameters()) and not hasattr(classifier.net, "output_blocks")
 
 
+def test_the_classifiers_loss_is_float32_under_bf16():
+    """Only the network is under autocast, as with every other loss."""
+    classifier = build("classifier", num_classes=5)
+    x0, t = noisy()
+    y, eps = torch.tensor([0, 4, 2, 2]), torch.randn(4, 3, 16, 16)
+    losses = training_losses(classifier, x0, t, eps, classifier.schedule, y=y, bf16=True)
+    assert losses["label"].dtype == torch.float32
+
+
 # ---- classifier-free guidance ----
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,6 +60,14 @@ def test_the_seed_changes_the_images_raw_takes_the_other_weights_and_bf16_hardly
     assert abs(a - b).max() > 8 and abs(a - c).max() > 8 and 0 < abs(a - d).mean() < 2
 
 
+@pytest.mark.parametrize("n, classes, rows, columns", [
+    (64, None, 8, 8), (64, 3, 3, 22), (64, 10, 10, 7), (10, 10, 10, 1), (64, 1000, 8, 8),
+    (1000, 1000, 32, 32)])
+def test_a_grid_has_a_row_a_class_where_that_is_no_ribbon(n, classes, rows, columns, tmp_path):
+    sample.save_grid(np.zeros((n, 2, 2, 3), np.uint8), tmp_path / "grid.png", classes)
+    assert Image.open(tmp_path / "grid.png").size == (columns * 4 + 2, rows * 4 + 2)
+
+
 def test_the_trace_is_a_picture(checkpoint, tmp_path):
     """Figure 2: rows x_t, x0*, x0', r_t and ten columns are wider than high."""
     assert run(checkpoint, "--steps", 20, "--trace", tmp_path / "trace.png") == 0

@@ -18,6 +18,7 @@ import edges
 import losses
 import train
 from curves import read_log
+from data import Images
 from refiner import build_model
 from sample import load_model, read_checkpoint
 from unet import UNet
@@ -138,6 +139,39 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch, capsys, tmp_path):
     error = capsys.readouterr().err.splitlines()[-1]
     for word in ("cifar-10-python.tar.gz", "170 MB", "cs.toronto.edu", "vgg16-397923af.pth", "528 MB", "lpips_weights.pt", "by hand", "--data shapes"):
         assert word in error, word
+
+
+@pytest.mark.parametrize("labels, missing", [([1, 2, 3], "0"), ([0, 5, 5], "1"),
+                                             ([2 ** 60, 0, 1], "2")])
+@pytest.mark.parametrize("flags", [["--class-cond"], ["--model", "classifier"]])
+def test_labels_with_a_gap_are_refused_and_the_missing_ones_named(labels, missing, flags, tmp_path,
+                                                                  capsys):
+    """A class without images would be trained by nothing and sampled all the same."""
+    pixels = np.zeros((3, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "gap.npz", arr_0=pixels, arr_1=np.array(labels))
+    flags = [*SMALL, *flags, "--iterations", 1, "--data", tmp_path / "gap.npz"]
+    assert run(*flags, "--out", tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert f"no image of {missing};" in error and not (tmp_path / "run").exists()
+
+
+def test_a_run_begun_with_a_gap_in_its_labels_can_still_go_on():
+    s, _ = train.parse_args(["--class-cond"])
+    gap = Images(np.zeros((2, 16, 16, 3), np.uint8), np.array([1, 2]), "gap.npz", "")
+    assert train.classes(s | {"num_classes": 3}, gap) == 3
+
+
+def test_a_judge_of_another_image_size_is_refused_where_the_images_bring_theirs(images, tmp_path,
+                                                                               capsys):
+    judge = tmp_path / "judge/checkpoint.pt"
+    flags = [*SMALL, "--iterations", 1]
+    large = ["--model", "ddpm", "--image-size", 32]
+    assert run(*flags, *large, "--out", tmp_path / "judge") == 0
+    flags += ["--data", images, "--self-perceptual", f"{judge}=1"]
+    assert run(*flags, "--out", tmp_path / "run") == 1
+    assert "has image_size 32 where the other model has 16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # ---- what a run leaves ----
