@@ -73,11 +73,17 @@ def real(low, high=None, above=False):
 
 
 def device(text):
-    """An argparse type: a torch device's name; `auto` is a GPU where there is one. Whether it is usable is found out at the start."""
-    try:
-        return str(torch.device(text)) if text != "auto" else "auto"
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected auto, cpu, cuda, cuda:N or mps") from None
+    """An argparse type: a device's name; `auto` is a GPU where there is one.
+
+    Whether it is usable is found out at the start.
+    """
+    if text == "auto":
+        return text
+    with suppress(RuntimeError):
+        found = torch.device(text)
+        if found.type in ("cpu", "cuda", "mps"):
+            return str(found)
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected auto, cpu, cuda, cuda:N or mps")
 
 
 def open_device(name):
@@ -100,19 +106,29 @@ def run(main, argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as e:
-        print(f"error: out of memory ({_line(e)[:200]}); expected the batch to fit; use a smaller --batch-size", file=sys.stderr)
     except (ValueError, OSError, ArithmeticError) as e:
         print(f"error: {_line(e)}", file=sys.stderr)
-    except RuntimeError as e:
-        if not (dist.is_initialized() and any(word in str(e) for word in ("peer", "onnection", "NCCL"))):
+    except (RuntimeError, MemoryError) as e:
+        if _out_of_memory(e):
+            print(f"error: out of memory ({_line(e)[:200]}); expected the model and a batch to "
+                  "fit; use a smaller --batch-size or a smaller model", file=sys.stderr)
+        elif dist.is_initialized() and any(w in str(e) for w in ("peer", "onnection", "NCCL")):
+            print(f"error: rank {dist.get_rank()} lost another process of this run; expected all "
+                  "to live; see that one's message, then --resume", file=sys.stderr)
+        else:
             raise
-        print(f"error: rank {dist.get_rank()} lost another process of this run; expected all to live; see that one's message, then --resume", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         signal.signal(signal.SIGTERM, former)
     return 1
+
+
+def _out_of_memory(e):
+    # numpy and CUDA have a class for it, torch's allocators for the CPU and for MPS only words
+    words = ("DefaultCPUAllocator", "MPS backend out of memory", "Invalid buffer size")
+    known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+    return known or any(word in str(e) for word in words)
 
 
 def keep_memory():

@@ -227,7 +227,7 @@ def parse_args(argv):
     bits.add_argument("--data-dir", metavar="DIR", help="where a named set lies")
     where = p.add_argument_group("where")
     where.add_argument("--out", type=Path, default=Path("samples.png"), help="FILE.png: a grid, FILE.npz: arr_0 uint8 [N, H, W, 3], else a folder of PNGs")
-    where.add_argument("--batch-size", type=edges.whole(1), default=64)
+    where.add_argument("--batch-size", type=edges.whole(1, 1_000_000), default=64)
     where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: the networks under autocast")
     where.add_argument("--device", type=edges.device, default="auto")
     a = p.parse_args(argv)

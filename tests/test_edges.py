@@ -179,3 +179,19 @@ def test_a_download_is_kept_only_when_its_digest_is_right(tmp_path):
 def test_a_device_that_is_not_there_is_said():
     with pytest.raises(ValueError, match="--device cuda:99 cannot be used"):
         edges.open_device("cuda:99")
+
+
+@pytest.mark.parametrize("name", ["meta", "xla", "vulkan", "xpu:0", "tpu", "cuda:x", "", "auto:1"])
+def test_a_device_that_is_no_cpu_cuda_or_mps_is_a_usage_error(name):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected auto, cpu, cuda, cuda:N or mps"):
+        edges.device(name)
+
+
+@pytest.mark.parametrize("ask", [lambda: np.empty(2 ** 57), lambda: torch.empty(2 ** 57)])
+def test_more_memory_than_there_is_ends_in_one_line(ask, capsys):
+    """numpy's MemoryError and torch's RuntimeError alike; any other RuntimeError is a bug of ours."""
+    assert edges.run(lambda argv: ask()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory (") and error.count("\n") == 1
+    with pytest.raises(RuntimeError):
+        edges.run(lambda argv: torch.zeros(2) + torch.zeros(3))

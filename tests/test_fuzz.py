@@ -1,6 +1,7 @@
 """Whatever comes in, the end is success or a documented exit with one line: no traceback, no hang, no changed input."""
 import contextlib
 import io
+import itertools
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import edges
 import fid
 import sample
 import train
@@ -42,6 +44,49 @@ def test_any_command_line_is_understood_or_a_usage_error_of_one_line(cases):
             except SystemExit as end:
                 assert end.code in (0, 2)
                 assert end.code == 0 or (error.getvalue().startswith("error: ") and error.getvalue().count("\n") == 1), error.getvalue()
+    explore(cases, check)
+
+
+SMALL = ["--model", "ddpm", "--data", "shapes", "--channels", "32", "--res-blocks", "1",
+         "--T", "20", "--batch-size", "1", "--iterations", "1", "--sample-every", "0"]
+NUMBERS = {
+    train: ["--batch-size", "--channels", "--res-blocks", "--image-size", "--T", "--seed",
+            "--metric-size"],
+    sample: ["--batch-size", "--steps", "--seed", "--label"],
+    fid: ["--batch-size"],
+}
+HUGE = ["3200000", "1000000000000"]
+DEVICES = ["cpu", "cpu:1", "cuda:77", "cuda:-1", "mps:3", "meta", "xla", "vulkan", "xpu:0"]
+CALLS = [(script, flag, value) for script in NUMBERS for flag in NUMBERS[script] for value in HUGE]
+CALLS += [(script, "--device", value) for script in NUMBERS for value in DEVICES]
+
+
+@hundreds
+def test_any_number_or_device_is_used_or_refused_in_one_line(cases, checkpoint, tmp_path):
+    """The scripts themselves run: a parser cannot know what the machine has."""
+    statistics = tmp_path / "stats.npz"
+    np.savez(statistics, mu=np.zeros(2), sigma=np.eye(2))
+    runs = (tmp_path / str(i) for i in itertools.count())
+
+    def words(script):
+        if script is train:
+            return [*SMALL, "--out", next(runs)]
+        if script is sample:
+            return [checkpoint, "--n", 1, "--steps", 2, "--out", tmp_path / "s.png"]
+        return [statistics, statistics]
+
+    @given(st.sampled_from(CALLS))
+    def check(call):
+        script, flag, value = call
+        argv = [*words(script), "--device", "cpu", flag, value]
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                code = edges.run(script.main, [str(word) for word in argv])
+            except SystemExit as end:
+                code = end.code
+        errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+        assert code in (0, 1, 2) and len(errors) == (code != 0), said.getvalue()
     explore(cases, check)
 
 
