@@ -10,6 +10,7 @@ r"""From images to FID, sFID, Inception Score, precision and recall, by the netw
     sFID        `frechet_distance` of mixed_6/conv's first 7 channels, 7 x 17 x 17 = 2023 features          (Nash)
     IS          `inception_score` of A                                                                      (IS)
     precision   `precision_recall`: the share of A near B; recall: the share of B near A                    (PR Eqs. 1, 2)
+                of more than 50,000 images a side only with --precision-recall
 
     Cas-DM   arXiv:2401.02414v1      TTUR   arXiv:1706.08500      Nash   arXiv:2103.03841
     IS       arXiv:1606.03498        PR     arXiv:1904.06991
