@@ -10,6 +10,7 @@ r"""From images to FID, sFID, Inception Score, precision and recall, by the netw
     sFID        `frechet_distance` of mixed_6/conv's first 7 channels, 7 x 17 x 17 = 2023 features          (Nash)
     IS          `inception_score` of A                                                                      (IS)
     precision   `precision_recall`: the share of A near B; recall: the share of B near A                    (PR Eqs. 1, 2)
+                of more than 50,000 images a side only with --precision-recall
 
     Cas-DM   arXiv:2401.02414v1      TTUR   arXiv:1706.08500      Nash   arXiv:2103.03841
     IS       arXiv:1606.03498        PR     arXiv:1904.06991
@@ -18,6 +19,7 @@ CHOICE: the paper names the features by the nodes of guided-diffusion's evaluato
 2015-12-05, uint8 images, TF1's bilinear resize to 299, (v - 128) / 128, unbiased covariances, IS without bias over splits of 5000 in the
 given order. Reference images are never flipped. Two numbers compare only at equal n: FID falls with n, and sFID much more so.
 """
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -46,6 +48,9 @@ import sample
 WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SPLIT = 5000        # images a split of the Inception Score
 STEADY = 2048       # below so many images the covariance of pool_3 is singular
+POOL = 2048         # features of pool_3
+PAIRED = 50_000     # images a side up to which precision and recall are always computed (PR)
+TILE = 4096         # distances are taken so many rows by so many columns at a time
 
 
 # ---- numbers ----
@@ -66,7 +71,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         return 0.0      # rounding would leave 1e-6
     F1, F2 = sorted((_factor(sigma1), _factor(sigma2)), key=lambda factor: (factor.shape[1], np.sum(factor * factor)))
     M = blas.dgemm(1, F1, F2, trans_a=1)        # [R1, R2], R1 <= R2; in scipy's BLAS all of it takes 0.8 of the time in numpy's
-    root = np.sqrt(scipy.linalg.eigvalsh(blas.dsyrk(1, M, lower=1), driver="evd").clip(0)).sum()
+    # in scipy 1.13 "evd" fails for 1 x 1 (two images) and the default for 0 x 0 (equal images)
+    eigenvalues = scipy.linalg.eigvalsh(blas.dsyrk(1, M, lower=1), driver="ev")
+    root = np.sqrt(eigenvalues.clip(0)).sum()
     return max(0.0, float(np.sum((mu1 - mu2) ** 2) + (np.trace(sigma1) + np.trace(sigma2)) - 2 * root))
 
 
@@ -107,28 +114,42 @@ def inception_score(logits, split_size=SPLIT):
 
 
 def precision_recall(a, b, k=3):
-    """The share of a within a ball of b, and of b within a ball of a; a ball reaches to the k-th neighbour in its own set (PR Eqs. 1, 2).
+    """The share of a within a ball of b, and of b within a ball of a (PR Eqs. 1, 2).
 
-    a, b : [N, D], [M, D] of any float type, N, M > k; distances in float32 or better, a block of rows at a time
+    A ball reaches to the k-th neighbour in its own set.
+    a, b : [N, D], [M, D] of any float type, N, M > k; never more than a tile of them in float32
     """
     if min(len(a), len(b)) <= k:
-        raise ValueError(f"precision and recall of {len(a)} and {len(b)} images; expected more than k = {k}; add images")
-    radius_a, radius_b = (torch.cat([d.topk(k + 1, largest=False).values[:, k] for d in _distances(x, x)]) for x in (a, b))     # 0 is itself
-    near_b, near_a = 0, torch.zeros(len(b), dtype=torch.bool, device=b.device)
-    for d, radius in zip(_distances(a, b), radius_a.split(_rows(b))):
-        near_b += int((d <= radius_b).any(1).sum())
-        near_a |= (d <= radius[:, None]).any(0)
-    return near_b / len(a), int(near_a.sum()) / len(b)
+        raise ValueError(f"precision and recall of {len(a)} and {len(b)} images; "
+                         f"expected more than k = {k}; add images")
+    radius_a, radius_b = _radii(a, k), _radii(b, k)
+    near_b = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    near_a = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+    for rows, columns, distances in _tiles(a, b):
+        near_b[rows] |= (distances <= radius_b[columns]).any(1)
+        near_a[columns] |= (distances <= radius_a[rows, None]).any(0)
+    return int(near_b.sum()) / len(a), int(near_a.sum()) / len(b)
 
 
-def _distances(a, b):
+def _radii(x, k):
+    # distance of each row's k-th neighbour -> [N]; the nearest of all, number 0, is the row itself
+    exact = torch.promote_types(x.dtype, torch.float32)
+    nearest = x.new_full((len(x), k + 1), math.inf, dtype=exact)
+    for rows, _, distances in _tiles(x, x):
+        candidates = torch.cat([nearest[rows], distances], 1)
+        nearest[rows] = candidates.topk(k + 1, largest=False).values
+    return nearest[:, k]
+
+
+def _tiles(a, b):
+    # (rows, columns, distances of a[rows] to b[columns]) of every pair once, in float32 or better
     exact = torch.promote_types(a.dtype, torch.float32)
-    b = b.to(exact)
-    return (torch.cdist(rows.to(exact), b) for rows in a.split(_rows(b)))
-
-
-def _rows(b):
-    return max(1, 2 ** 25 // len(b))       # a block of distances stays below 128 MiB
+    for i in range(0, len(a), TILE):
+        rows = slice(i, i + TILE)
+        from_a = a[rows].to(exact)
+        for j in range(0, len(b), TILE):
+            columns = slice(j, j + TILE)
+            yield rows, columns, torch.cdist(from_a, b[columns].to(exact))
 
 
 # ---- statistics ----
@@ -171,17 +192,22 @@ class Features(NamedTuple):
 
 @torch.inference_mode()
 def features_of(batches, network, n=None, keep_pool=False):
-    """Features of uint8 batches [N, 3, H, W], whose sizes may differ, in constant memory (unless keep_pool).
+    """Features of uint8 batches [N, 3, H, W], whose sizes may differ, in constant memory.
 
-    n: how many images to expect, for the progress bar. ValueError below 2 images and where a feature is not finite.
+    n         : how many images there are at most; for the progress bar
+    keep_pool : keep the rows of pool too, in float16; n must be given
+    ValueError below 2 images and where a feature is not finite.
     """
-    pool_sums, spatial_sums, pools, splits, pending = Statistics(), Statistics(), [], [], None
+    pool_sums, spatial_sums, kept, splits, pending = Statistics(), Statistics(), None, [], None
     with tqdm(total=n, unit="image", desc="features", file=sys.stderr, disable=parallel.rank() > 0 or None) as bar:
         for batch in batches:
             pool, spatial, logits = (parallel.concat(rows) for rows in network(batch))
             pool_sums.add(pool)
             spatial_sums.add(spatial)
-            pools += [pool.half()] if keep_pool else []
+            if keep_pool and kept is None:      # once, since joining batches would take it twice
+                kept = pool.new_empty((n, pool.shape[1]), dtype=torch.float16)
+            if keep_pool:
+                kept[pool_sums.n - len(pool):pool_sums.n] = pool
             pending = logits if pending is None else torch.cat([pending, logits])       # of the unfinished split
             while len(pending) >= SPLIT:
                 splits.append(inception_score(pending[:SPLIT])[0])
@@ -190,7 +216,8 @@ def features_of(batches, network, n=None, keep_pool=False):
     gaussians = (*pool_sums.gaussian(), *spatial_sums.gaussian())
     splits += [inception_score(pending)[0]] if len(pending) else []
     score = float(np.mean(splits)), float(np.std(splits))
-    return Features(*gaussians, pool_sums.n, network.name, score, torch.cat(pools) if pools else None)
+    pool = kept[:pool_sums.n] if keep_pool else None
+    return Features(*gaussians, pool_sums.n, network.name, score, pool)
 
 
 def scores(a, b):
@@ -204,6 +231,10 @@ def scores(a, b):
         if n < STEADY:
             warnings.warn(f"{n} images are few: below {STEADY:,} FID is far too high; compare only at equal n", stacklevel=2)
     random = "random" in f"{a.weights} {b.weights}"
+    last = a.n % SPLIT if a.score else 0
+    if last and a.n > SPLIT and not random:
+        warnings.warn(f"the last split of the Inception Score holds {last:,} images, "
+                      f"not {SPLIT:,}, and distorts it; score a multiple of {SPLIT:,}", stacklevel=2)
     if random:
         warnings.warn("the weights are random: these distances are no FID and say nothing about quality", stacklevel=2)
     out = {"random_feature_distance" if random else "fid": frechet_distance(a.mu, a.sigma, b.mu, b.sigma)}
@@ -218,15 +249,19 @@ def scores(a, b):
 
 def reference(images, network, batch_size=50):
     """Features of a data.Images, without its pool; computed once and kept under its fingerprint, the network's name and precision."""
-    path = data.cache_folder() / f"{images.fingerprint}-{network.name}-{precision(network)}.npz"
-    try:
-        return load_statistics(path)
-    except (FileNotFoundError, ValueError):     # not there yet, or damaged: made again
-        if parallel.rank() == 0:
+    path, found = None, None
+    if parallel.rank() == 0:
+        name = f"{images.fingerprint}-{network.name}-{precision(network)}.npz"
+        path = data.cache_folder() / name
+        with contextlib.suppress(FileNotFoundError, ValueError):    # not there yet, or damaged
+            found = load_statistics(path)
+        if found is None:
             print(f"statistics of {images.name} are computed once and kept at {path}", file=sys.stderr)
-    features = features_of(batched(images.pixels, batch_size), network, len(images.pixels))
-    save_statistics(path, features)
-    return features
+    found = parallel.same(found)
+    if found is None:
+        found = features_of(batched(images.pixels, batch_size), network, len(images.pixels))
+        save_statistics(path, found)
+    return found
 
 
 def save_statistics(path, features):
@@ -404,6 +439,8 @@ def parse_args(argv):
     what = p.add_argument_group("what")
     what.add_argument("--weights", metavar="PATH|random", help="Inception weights (default: pytorch-fid's published file, downloaded once)")
     what.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 says by how much it moved the number")
+    what.add_argument("--precision-recall", action="store_true",
+                      help=f"precision and recall also of more than {PAIRED:,} images a side")
     what.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and count them")
     how = p.add_argument_group("of a checkpoint")
     how.add_argument("--n", type=edges.whole(2), default=10000, help="images to sample; the paper takes 50000 for CIFAR-10")
@@ -418,6 +455,9 @@ def parse_args(argv):
     a = p.parse_args(argv)
     if a.B is None and a.save_stats is None:
         p.error("only A was given; expected A and B, or A and --save-stats")
+    if a.precision_recall and (a.B is None or a.weights == "random"):
+        p.error("--precision-recall is for A against B by Inception weights; "
+                "leave it out, or give B and other weights")
     if a.save_stats and a.save_stats.suffix != ".npz":
         p.error(f"--save-stats {a.save_stats}: expected FILE.npz")
     if not (is_checkpoint(a.A) or is_checkpoint(a.B)):
@@ -436,11 +476,20 @@ def main(argv=None):
     device = parallel.begin(edges.open_device(a.device))
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
     with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
+    if a.precision_recall and len(with_images) < 2:
+        raise ValueError("--precision-recall, and A or B holds statistics alone; "
+                         "expected images on both sides; leave it out or give the images")
     network = InceptionFeatures(a.weights).to(device) if with_images else None
+    keep_pool = False
+    if len(with_images) == 2 and a.weights != "random":
+        keep_pool = _affordable(*(n for _, n in sides), a.precision_recall)
     if with_images and a.precision == "bf16":
         exact, network = network, copy.deepcopy(network).bfloat16()
-        head, sides[with_images[0]] = _head(*sides[with_images[0]])
-    features = [features_of(side[0], network, side[1], len(with_images) == 2) if i in with_images else side for i, side in enumerate(sides)]
+        head, sides[with_images[0]] = _head(*sides[with_images[0]], device)
+    features = list(sides)
+    for i in with_images:
+        batches, n = sides[i]
+        features[i] = features_of(batches, network, n, keep_pool)
     if a.save_stats:
         save_statistics(a.save_stats, features[0])
         print(f"statistics of {a.A} written to {a.save_stats.absolute()}", file=note)
@@ -455,12 +504,29 @@ def main(argv=None):
         print(bf16_effect(head, exact, network, other), file=note)
 
 
-def _head(batches, n):
-    # the batches that hold the first 1,000 images, and the side as it was
+def _affordable(n_a, n_b, asked):
+    # whether precision and recall are computed; what they cost is said where it is much
+    if max(n_a, n_b) <= PAIRED:
+        return True
+    gigabytes = 2 * POOL * (n_a + n_b) / 1e9        # float16
+    operations = 2 * POOL * (n_a ** 2 + n_a * n_b + n_b ** 2) / 1e12
+    cost = (f"note: precision and recall of {n_a:,} and {n_b:,} images take {gigabytes:,.1f} GB "
+            f"and {operations:,.0f} trillion operations")
+    if not asked:
+        cost += "; left out; --precision-recall asks for them"
+    if parallel.rank() == 0:
+        print(cost, file=sys.stderr)
+    return asked
+
+
+def _head(batches, n, device):
+    # the batches that hold the first 1,000 images of all ranks together, and the side as it was
     head, count = [], 0
-    while count < 1000 and (batch := next(batches, None)) is not None:
+    for batch in batches:
         head.append(batch)
-        count += len(batch)
+        count += int(parallel.add(torch.tensor(len(batch), device=device)))
+        if count >= 1000:
+            break
     return head, (itertools.chain(head, batches), n)
 
 

@@ -65,6 +65,15 @@ def add(tensor):
     return tensor
 
 
+def same(value):
+    """Rank 0's `value`, on every rank: what it found decides for all."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def share(n, batch_size):
     """This rank's part of 0 .. n-1 as (first, count), a batch a round; where the last round has none for it, count is 0."""
     for start in range(rank() * batch_size, rank() * batch_size + n, size() * batch_size):

@@ -236,7 +236,13 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     """A ramp over 0..65535 stays a ramp over 0..255, as PNG, PGM and TIFF."""
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     for name in ("a.png", "b.pgm", "c.tiff"):
-        pixels = one(tmp_path / name[0] / name, Image.fromarray(ramp))
+        folder = tmp_path / name[0]
+        folder.mkdir()
+        if name == "b.pgm":     # by hand: Pillow 10.3 cannot write 16 bits as PGM
+            (folder / name).write_bytes(b"P5 16 16 65535\n" + ramp.astype(">u2").tobytes())
+        else:
+            Image.fromarray(ramp).save(folder / name)
+        pixels = next(iter(data.raw_images(folder)))
         np.testing.assert_array_equal(pixels, np.arange(256).reshape(16, 16, 1).repeat(3, axis=2))
 
 

@@ -18,8 +18,10 @@ from torch import nn
 
 import edges
 import fid
+from test_parallel import done
 
-SHARED = Path(fid.__file__).resolve().parent.parent / "shared"
+ROOT = Path(fid.__file__).resolve().parent
+SHARED = ROOT.parent / "shared"
 
 
 def gaussian(n=200, d=24, seed=0):
@@ -177,15 +179,43 @@ def test_precision_and_recall_of_distant_sets_are_zero():
     assert fid.precision_recall(a, a + 1000) == (0, 0)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_precision_and_recall_agree_with_every_pair_compared(monkeypatch, rows):
-    """The balls of (PR Eqs. 1, 2), pair by pair, for any size of a block."""
-    monkeypatch.setattr(fid, "_rows", lambda b: rows)
+@pytest.mark.parametrize("tile", [1, 7, 1000])
+def test_precision_and_recall_agree_with_every_pair_compared(monkeypatch, tile):
+    """The balls of (PR Eqs. 1, 2), pair by pair, for any size of a tile."""
+    monkeypatch.setattr(fid, "TILE", tile)
     a, b = normal(40, 4), normal(25, 4, seed=3) * 0.6 + 1
     ball = [lambda x, s=s: any(np.linalg.norm(x - c) <= sorted(np.linalg.norm(c - o) for o in s)[3] for c in s) for s in (a, b)]
     want = np.mean([ball[1](x) for x in a]), np.mean([ball[0](x) for x in b])
     assert 0.1 < want[0] < 0.9 and 0.1 < want[1] < 0.97 and want[0] != want[1]
     np.testing.assert_allclose(fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b)), want, rtol=1e-12)
+
+
+def test_precision_and_recall_of_2000_points_agree_with_all_distances_at_once(monkeypatch):
+    """Tiles that do not divide the sets change nothing."""
+    monkeypatch.setattr(fid, "TILE", 768)
+    a = torch.from_numpy(normal(2000, 64))
+    b = torch.from_numpy(normal(1900, 64, seed=1) * 0.95 + 0.1)
+    radius_a, radius_b = (torch.cdist(x, x).kthvalue(4).values for x in (a, b))
+    distances = torch.cdist(a, b)
+    precision = (distances <= radius_b).any(1).double().mean()
+    recall = (distances <= radius_a[:, None]).any(0).double().mean()
+    assert 0.1 < precision < recall < 0.9
+    np.testing.assert_allclose(fid.precision_recall(a, b), (precision, recall), rtol=1e-12)
+
+
+def test_precision_and_recall_hold_a_tile_of_each_side_in_float32(monkeypatch):
+    """However many images: neither side is ever copied whole, and no row of all distances kept."""
+    monkeypatch.setattr(fid, "TILE", 8)
+    seen = []
+
+    def cdist(a, b, cdist=torch.cdist):
+        seen.append((len(a), len(b), a.dtype, b.dtype))
+        return cdist(a, b)
+    monkeypatch.setattr(torch, "cdist", cdist)
+    a = torch.from_numpy(normal(30, 5)).half()
+    assert fid.precision_recall(a, a) == (1, 1)
+    assert {(n, m) for n, m, *_ in seen} == {(8, 8), (8, 6), (6, 8), (6, 6)}
+    assert {dtype for *_, left, right in seen for dtype in (left, right)} == {torch.float32}
 
 
 def test_precision_needs_more_images_than_neighbours():
@@ -252,9 +282,12 @@ def test_streamed_inception_score_equals_that_of_all_logits(monkeypatch, batch_s
 
 
 def test_nothing_that_grows_with_the_images_is_kept_unless_asked_for():
-    """Without keep_pool the features are sums alone; with it, one float16 row an image."""
+    """Without keep_pool the features are sums alone; with it, one float16 row an image.
+
+    Of 22 images announced two could not be read.
+    """
     assert fid.features_of(batches(pixels(20), 4), Tiny()).pool is None
-    pool = fid.features_of(batches(pixels(20), 4), Tiny(), keep_pool=True).pool
+    pool = fid.features_of(batches(pixels(20), 4), Tiny(), 22, keep_pool=True).pool
     assert pool.dtype == torch.float16 and pool.shape == (20, 12)
 
 
@@ -538,6 +571,60 @@ def test_few_images_are_warned_of_and_many_are_not():
         fid.scores(features._replace(n=2048), features._replace(n=None))
 
 
+def test_a_short_last_split_of_the_inception_score_is_warned_of():
+    """Images after the last 5,000 make a split of their own; alone, or none, they are no news."""
+    features = fid.features_of(batches(pixels(9), 9), Tiny())
+    other = features._replace(n=None)
+    with pytest.warns(UserWarning, match="Inception Score holds 7 images, not 5,000"):
+        fid.scores(features._replace(n=10_007), other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fid.scores(features._replace(n=10_000), other)
+        fid.scores(features._replace(n=4_999), other)
+        fid.scores(features._replace(n=10_007, score=None), other)
+
+
+@pytest.mark.filterwarnings("ignore:.*images are few")
+def test_precision_and_recall_of_many_images_are_left_out_unless_asked_for(
+        files, tiny, monkeypatch, capsys):
+    """One line says so, and no feature is kept; with --precision-recall it names the cost first."""
+    monkeypatch.setattr(fid, "PAIRED", 10)
+    cost = "note: precision and recall of 9 and 12 images take 0.0 GB and 0 trillion operations"
+    kept = []
+
+    def features_of(*a, f=fid.features_of):
+        features = f(*a)
+        kept.append(features.pool is not None)
+        return features
+    monkeypatch.setattr(fid, "features_of", features_of)
+    for flags, asked in ([], False), (["--precision-recall"], True):
+        argv = [str(files / "folder"), str(files / "images.npz"), "--json", *flags]
+        assert edges.run(fid.main, argv) == 0
+        out, err = capsys.readouterr()
+        assert set(json.loads(out)) == (ALL if asked else ALL - {"precision", "recall"})
+        assert cost + "; left out; --precision-recall asks for them" * (not asked) + "\n" in err
+    assert kept == [False, False, True, True]
+
+    monkeypatch.setattr(fid, "features_of", None)       # named before it is paid
+    with pytest.raises(TypeError):
+        fid.main(argv)
+    assert cost in capsys.readouterr().err
+
+
+def test_the_cost_of_precision_and_recall_is_that_of_all_pairs(capsys):
+    """10,000 images against ImageNet: float16 rows of 2048, and 2 x 2048 operations a distance."""
+    assert fid._affordable(50_000, 50_000, False) and not capsys.readouterr().err
+    assert not fid._affordable(10_000, 1_281_167, False)
+    assert "take 5.3 GB and 6,776 trillion operations" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*images are few")
+def test_precision_and_recall_of_statistics_cannot_be_asked_for(files, tiny, capsys):
+    """A statistics file has no single images' features."""
+    code, line = failing(capsys, files / "folder", files / "stats.npz", "--precision-recall")
+    assert code == 1 and "expected images on both sides" in line
+
+
 @pytest.mark.filterwarnings("ignore:.*images are few")
 def test_bf16_says_by_how_much_it_moved_the_number(files, tiny, capsys, monkeypatch):
     """The first 1,000 images of A are measured by both networks, and all of them still count."""
@@ -554,7 +641,9 @@ def test_bf16_says_by_how_much_it_moved_the_number(files, tiny, capsys, monkeypa
 @pytest.mark.parametrize("argv, words", [
     (["folder"], "only A was given"), (["folder", "images.npz", "--n", 5], "neither A nor B is a checkpoint"), (["model.pt", "folder", "--n", 1], "--n"),
     (["folder", "--save-stats", "s.txt"], "expected FILE.npz"), (["folder", "images.npz", "--batch-size", 0], "--batch-size"),
-    (["folder", "images.npz", "--prec", "bf16"], "unrecognized"), ([], "A")])
+    (["folder", "images.npz", "--prec", "bf16"], "unrecognized"), ([], "A"),
+    (["folder", "--save-stats", "s.npz", "--precision-recall"], "A against B"),
+    (["folder", "images.npz", "--weights", "random", "--precision-recall"], "Inception weights")])
 def test_usage_errors_end_with_exit_code_2(files, capsys, argv, words):
     """What the flags alone show to be wrong is refused before anything is read."""
     code, line = failing(capsys, *argv)
@@ -606,3 +695,49 @@ def test_whole_path_runs_offline_as_a_script(files):
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)) == {"random_feature_distance", "random_spatial_distance", "n_a", "n_b"}
     assert "warning: the weights are random" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- two processes ----
+
+TWO = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+import edges, fid, parallel
+from test_fid import Tiny, pixels
+fid.InceptionFeatures = Tiny
+"""
+SCORE = TWO + """
+sys.exit(edges.run(fid.main))
+"""
+REFERENCE = TWO + """
+os.environ["XDG_CACHE_HOME"] += os.environ.get("RANK", "0")      # a home on each machine
+parallel.begin(torch.device("cpu"))
+images = fid.data.Images(pixels(10), None, "ten", "abcd")
+statistics = fid.reference(images, Tiny())
+print(float(parallel.add(torch.tensor(statistics.sigma)).sum()) / parallel.size())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_bf16_on_a_folder_of_mixed_sizes(tmp_path):
+    """Batches of 50 and of 30 in turn: both ranks leave the first 1,000 images together."""
+    (tmp_path / "folder").mkdir()
+    image = [Image.fromarray(picture) for picture in (pixels(1, 4)[0], pixels(1, 5)[0])]
+    for i in range(2400):
+        image[i % 80 >= 50].save(tmp_path / f"folder/{i:04}.png")
+    (tmp_path / "score.py").write_text(SCORE)
+    argv = tmp_path / "folder", "shapes", "--precision", "bf16", "--device", "cpu"
+    one, two = (done(tmp_path / "score.py", *argv, processes=n) for n in (1, 2))
+    assert "the first 1010 images" in one and "the first 1040 images" in two
+    assert one.splitlines()[0] == two.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_the_first_process_decides_for_all_whether_the_reference_is_there(tmp_path, monkeypatch):
+    """The other rank's own cache is empty; once rank 0 has the statistics, it has them too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "reference.py").write_text(REFERENCE)
+    made = done(tmp_path / "reference.py")
+    found = done(tmp_path / "reference.py", processes=2)
+    assert found == made and not list((tmp_path / "cache1").rglob("*.npz"))
