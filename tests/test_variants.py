@@ -67,8 +67,9 @@ def test_scaled_mu_loss_is_l_mu_over_coef1_squared_where_nothing_is_clamped_and_
 
 def test_without_a_ramp_the_first_average_is_nearly_the_start():
     class Run:
-        settings, averages, weights = {"ema": 0.9999}, [torch.zeros(2)], [torch.ones(2)]
+        settings, averages, weights = {"ema": 0.9999}, [torch.zeros(2)], [torch.ones(2, requires_grad=True)]
     variants.constant_decay(Run)
+    assert not Run.averages[0].requires_grad
     assert_close(Run.averages[0], torch.full((2,), 1e-4))
 
 

@@ -52,6 +52,7 @@ def scaled_mu_loss(pred, x0, x_t, t, schedule):
     return (x0 - diffusion.mix(x0_hat, x0_star, pred.r_t)).square().mean((1, 2, 3))
 
 
+@torch.no_grad()
 def constant_decay(self):
     """`Run.update_ema` without the ramp."""
     torch._foreach_lerp_(self.averages, self.weights, 1 - self.settings["ema"])
