@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
@@ -99,7 +100,7 @@ def open_device(name):
 
 def run(main, argv=None):
     """Calls main(argv) and turns its end into an exit code; SIGTERM ends it as Ctrl-C does. A bug of ours keeps its traceback."""
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    former = signal.signal(signal.SIGTERM, _interrupt_once)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         return main(argv) or 0
@@ -148,17 +149,28 @@ class Stopped(Exception):
     """A signal asks for the end of whatever can be left undone."""
 
 
+def _interrupt_once(signum, frame):
+    signal.signal(signum, signal.SIG_IGN)       # its echo must not interrupt the last line
+    raise KeyboardInterrupt
+
+
 class Stop:
-    """The first SIGINT or SIGTERM sets `asked`; the second leaves at once: files are written whole or not at all, so nothing is lost."""
+    """The first SIGINT or SIGTERM sets `asked`; one a second later or more leaves at once.
+
+    One that follows sooner is an echo of the first: a batch system signals every process, and
+    torchrun then signals its own once more.  Leaving at once harms no file: each is written whole
+    or not at all.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.since = False, math.inf
         self.former = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def __call__(self, signum, frame):
-        if self.asked:
+        now = time.monotonic()
+        if now - self.since >= 1:
             os._exit(130)
-        self.asked = True
+        self.asked, self.since = True, min(self.since, now)
 
     def check(self, *_):
         """Raises Stopped, once asked; called between the parts of work that can be left undone."""

@@ -10,11 +10,13 @@ that of a single process and costs nothing.
 """
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_patient = None     # the group in which ranks meet after work that takes long; None: the usual one
 
 
 def processes():
@@ -28,12 +30,14 @@ def processes():
 
 def begin(device):
     """Joins the group of several processes; returns the device that is this rank's own."""
+    global _patient
     if processes() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -47,15 +51,28 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def meet():
+    """Waits for every rank: up to a day, where the exchange of gradients gives up after minutes."""
+    if size() > 1:
+        dist.barrier(_patient)
+
+
 def first(work):
     """work() by rank 0 before the others, so that a download or a prepared file is made once."""
     if rank():
-        dist.barrier()
+        meet()
         return work()
     result = work()
-    if size() > 1:
-        dist.barrier()
+    meet()
     return result
+
+
+def launcher():
+    """What a command line begins with that starts as many processes as there are now."""
+    if size() == 1:
+        return "python"
+    here = os.environ.get("LOCAL_WORLD_SIZE", size())       # of this node
+    return f"torchrun --nproc_per_node={here} --"
 
 
 def add(tensor):

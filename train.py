@@ -12,7 +12,8 @@ r"""Trains Cas-DM, Dual Diffusion or DDPM; the loop of the paper's Sec. 4.1 is `
 A run's folder holds checkpoint.pt (the last), log.jsonl (a row every 10 steps), curves.png and samples_STEP.png (from the EMA); with
 --eval-every also FID, sFID and IS in the log, and best.pt, since the paper reports the best of its evaluated checkpoints.
 All randomness of step k follows from (seed, k) and the data order from (seed, epoch), so a checkpoint holds no random state.
-Ctrl-C or SIGTERM finishes the step, saves, prints the command that goes on, and exits with 130; a second one exits at once.
+Ctrl-C or SIGTERM finishes the step, saves, prints the command that goes on, and exits with 130; another, a
+second later or more, exits at once.
 """
 import argparse
 import os
@@ -71,6 +72,7 @@ def train(run, stop):
             run.after_step(bar, stop)
     if run.saved != run.step:
         run.save()
+    parallel.meet()     # a rank that left now would have torchrun end rank 0, which may be writing
     return run.step == s["iterations"]
 
 
@@ -378,9 +380,11 @@ def introduce(run):
 
 def conclude(run, finished):
     """The last lines: what to do next. Returns the exit code."""
-    place = os.path.relpath(run.folder)
+    here = Path.cwd()
+    place = run.folder.relative_to(here) if run.folder.is_relative_to(here) else run.folder
     if not finished:
-        print(f"stopped at step {run.step}, which is saved; to go on: python train.py --resume --out {place}")
+        again = f"{parallel.launcher()} train.py --resume --out {place}"
+        print(f"stopped at step {run.step}, which is saved; to go on: {again}")
         return 130
     print(f"{run.step} steps done; {run.folder} holds {', '.join(sorted(path.name for path in run.folder.iterdir()))}\nnext:")
     if isinstance(run.model, Classifier):

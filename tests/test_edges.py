@@ -3,6 +3,7 @@ import argparse
 import errno
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -44,6 +45,39 @@ def test_run_turns_every_end_into_its_exit_code_and_one_line(error, code, capsys
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(TypeError):
         edges.run(lambda argv: None + 1)
+
+
+# ---- signals ----
+
+@pytest.fixture
+def stop():
+    """A Stop in place of the usual handlers."""
+    stop = edges.Stop()
+    yield stop
+    stop.restore()
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds, left", [(0.9, []), (1.1, [130])])
+def test_a_second_signal_leaves_at_once_unless_it_echoes_the_first(
+        first, second, seconds, left, stop, monkeypatch):
+    """torchrun signals its processes once more after a batch system has signalled them all."""
+    codes, clock = [], [100.0]
+    monkeypatch.setattr(edges.os, "_exit", codes.append)
+    monkeypatch.setattr(edges.time, "monotonic", lambda: clock[0])
+    signal.raise_signal(first)
+    assert stop.asked and not codes
+    signal.raise_signal(second)
+    clock[0] += seconds
+    signal.raise_signal(second)
+    assert stop.asked and codes == left
+
+
+def test_an_echo_of_sigterm_does_not_disturb_the_last_line(monkeypatch):
+    """Before there is a Stop: the second SIGTERM comes while `interrupted` is printed."""
+    monkeypatch.setattr("builtins.print", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert edges.run(lambda argv: signal.raise_signal(signal.SIGTERM)) == 130
 
 
 # ---- files out ----

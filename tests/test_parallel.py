@@ -1,4 +1,5 @@
 """Many processes do what one does: shares cover everything once, and runs agree to rounding."""
+import argparse
 import json
 import os
 import signal
@@ -91,6 +92,79 @@ def test_a_part_of_torchruns_environment_is_a_single_process(name, monkeypatch):
     assert parallel.processes() == 1
     assert parallel.begin(torch.device("cpu")) == torch.device("cpu") and parallel.size() == 1
     train.parse_args([*SMALL, "--batch-size", "4"])
+
+
+@pytest.mark.parametrize("size, start", [(1, "python"), (16, "torchrun --nproc_per_node=8 --")])
+def test_a_stopped_run_prints_the_command_that_goes_on(size, start, tmp_path, monkeypatch, capsys):
+    """As many processes a node as there were, and a path that is right from here."""
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for here, place in ((tmp_path, "a/b"), (tmp_path / "c", tmp_path / "a/b")):
+        here.mkdir(exist_ok=True)
+        monkeypatch.chdir(here)
+        assert train.conclude(argparse.Namespace(folder=tmp_path / "a/b", step=3), False) == 130
+        said = capsys.readouterr().out
+        assert said.endswith(f"to go on: {start} train.py --resume --out {place}\n")
+
+
+PATIENCE = """
+import sys, time
+from datetime import timedelta
+from functools import partial
+import torch
+import torch.distributed as dist
+import parallel
+dist.init_process_group = partial(dist.init_process_group, timeout=timedelta(seconds=3))
+parallel.begin(torch.device("cpu"))
+parallel.first(lambda: time.sleep(0 if parallel.rank() else 7))
+print(int(parallel.add(torch.ones(1))), "ranks met")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_beyond_the_limit_of_a_collective(tmp_path, monkeypatch):
+    """Preparing ImageNet takes longer than NCCL's ten minutes; here, seven seconds of three."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "patience.py").write_text(PATIENCE)
+    assert done(tmp_path / "patience.py", processes=2) == "2 ranks met\n"
+
+
+SLOW_DISK = """
+import sys, time
+import edges, run, train
+write = run.write_checkpoint
+def write_slowly(*a, **k):
+    time.sleep({seconds})
+    write(*a, **k)
+run.write_checkpoint = write_slowly
+sys.exit(edges.run(train.main))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds, all_of_them", [(0, True), (0.1, True), (3, False)])
+def test_a_signal_to_every_process_saves_and_says_how_to_go_on(
+        seconds, all_of_them, tmp_path, monkeypatch):
+    """Each worker gets a second one from torchrun: at once, or when another worker has left.
+
+    all_of_them : torchrun itself is signalled too, or its workers alone.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK.format(seconds=seconds))
+    p = script(tmp_path / "slow_disk.py", *SMALL, "--iterations", 100_000, "--save-every", 0,
+               "--out", tmp_path / "run", processes=2)
+    end = time.monotonic() + 120
+    while not (tmp_path / "run/log.jsonl").exists():
+        assert time.monotonic() < end and p.poll() is None
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout
+    for pid in [*map(int, workers.split()), *[p.pid] * all_of_them]:
+        os.kill(pid, signal.SIGTERM)
+    said = p.communicate(timeout=60)[0]
+    step = train.read_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
+    again = "torchrun --nproc_per_node=2 -- train.py --resume --out"
+    assert f"stopped at step {step}, which is saved; to go on: {again}" in said
 
 
 @pytest.mark.slow
