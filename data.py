@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-import edges
+from support import edges
 
 
 class Images(NamedTuple):

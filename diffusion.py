@@ -201,7 +201,7 @@ def draw_schedules(path, T=1000):
     from matplotlib import pyplot as plt
 
     import data     # the picture alone needs an image, and a file written whole
-    import edges
+    from support import edges
     figure, axes = plt.subplot_mosaic([["abar", "snr"], *[[name, name] for name in SCHEDULES]], figsize=(9, 5.5), height_ratios=[3, *[1] * len(SCHEDULES)])
     shown = torch.linspace(1, T, 12).long()
     x0 = data.from_pixels(data.shapes(32)[0][:1]).expand(len(shown), -1, -1, -1)
@@ -227,7 +227,7 @@ def main(argv=None):
     """The picture of the schedules."""
     from pathlib import Path
 
-    import edges
+    from support import edges
     p = edges.Parser(__doc__)
     p.add_argument("out", type=Path, metavar="FILE.png")
     a = p.parse_args(argv)
@@ -241,5 +241,5 @@ def main(argv=None):
 if __name__ == "__main__":
     import sys
 
-    import edges
+    from support import edges
     sys.exit(edges.run(main))

@@ -41,8 +41,8 @@ from torchvision.models import inception
 from tqdm import tqdm
 
 import data
-import edges
-import parallel
+from support import edges
+from support import parallel
 import sample
 
 WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"

@@ -21,9 +21,9 @@ import torchvision.models as tv
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import edges
+from support import edges
 from diffusion import mix, mu_from_eps, mu_from_x0, q_sample
-from variance import bound, log_variance
+from neighbours.variance import bound, log_variance
 
 
 def training_losses(model, x0, t, eps, schedule, metrics=None, y=None, bf16=False, t_weight=1, t_other=None, watch=None):

@@ -27,13 +27,13 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import edges
-import parallel
+from support import edges
+from support import parallel
 from data import DATASETS, batch_indices, from_pixels, load_images, stream, to_pixels
 from diffusion import clean_estimates, ddim_mu_from_eps, ddim_mu_from_x0, ddim_sigma, eps_from_x0, mix, respace
-from guidance import classifier_free, classifier_gradient, guided_x0
+from neighbours.guidance import classifier_free, classifier_gradient, guided_x0
 from refiner import Classifier, build_model
-from variance import VARIANCES, ancestral_sample, bits_per_dim
+from neighbours.variance import VARIANCES, ancestral_sample, bits_per_dim
 
 KIND, VERSION = "cas-dm checkpoint", 1
 

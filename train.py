@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import edges
+from support import edges
 import fid
-import parallel
+from support import parallel
 from data import DATASETS, HERE, batch_indices, from_pixels, load_images, stream
 from diffusion import SCHEDULES, respace
 from losses import METRICS, FeatureDistance, SelfPerceptual, training_losses
 from refiner import DEFAULTS, MODELS, OBJECTIVES, REFINER_INPUTS, REFINERS, Classifier, build_model
-from run import GRID_STEPS, Run, pending
+from support.run import GRID_STEPS, Run, pending
 from sample import check_same_noise, load_model, read_checkpoint
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, so that a first run takes minutes.

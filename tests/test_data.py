@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 import data
-import edges
+from support import edges
 
 ROOT = Path(data.__file__).parent
 CIFAR10_NPZ = ROOT / "../shared/data/cifar10_train.npz"

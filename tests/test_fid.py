@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import edges
+from support import edges
 import fid
 from test_parallel import done
 
@@ -703,7 +703,7 @@ TWO = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
-import edges, fid, parallel
+from support import edges, fid, parallel
 from test_fid import Tiny, pixels
 fid.InceptionFeatures = Tiny
 """

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import losses
-import table1
+from experiments import table1
 import train
 from refiner import DEFAULTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 def table(heading):
@@ -59,24 +59,26 @@ def test_every_command_of_the_tables_is_accepted(row):
 
 
 def test_the_results_are_those_of_the_lines(capsys):
-    """Every row of README's results is printed by `tests/table1.py --print`, and none is left out."""
-    for path in (ROOT / "tests").glob("table1_*.jsonl"):
+    """Every row of README's results is printed by `python -m experiments.table1 --print`, and none is left out."""
+    for path in (ROOT / "experiments").glob("table1_*.jsonl"):
         table1.table([json.loads(line) for line in path.read_text().splitlines()])
     results = README.split("## Results\n")[1].split("\n## ")[0].splitlines()
     assert [line for line in results if line.startswith("|")] == [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
 
 
 def test_every_file_is_in_the_reading_order_and_every_choice_in_the_table():
-    files = {path.name for path in ROOT.glob("*.py")}
-    assert set(re.findall(r"^\d+\. `(\w+\.py)`", README, re.M)) == files
+    rooms = ("*.py", "support/[!_]*.py", "neighbours/[!_]*.py")
+    files = {path.relative_to(ROOT).as_posix() for room in rooms for path in ROOT.glob(room)}
+    assert set(re.findall(r"^\d+\. `([\w/]+\.py)`", README, re.M)) == files
     listed = " ".join(row[2] for row in table("Differences from the paper"))
     for path in files:
         if "CHOICE:" in (ROOT / path).read_text():
-            assert path.removesuffix(".py") in listed, f"a CHOICE in {path} is not listed"
+            name = path.removesuffix(".py")
+            assert name in listed or name.replace("/", ".") in listed, f"a CHOICE in {path} is not listed"
 
 
 def test_every_metric_and_flag_that_readme_names_exists():
-    known = set(re.findall(r"--[\w-]+", "".join((ROOT / f"{f}.py").read_text() for f in ("train", "sample", "fid", "tests/benchmark", "tests/table1"))))
+    known = set(re.findall(r"--[\w-]+", "".join((ROOT / f"{f}.py").read_text() for f in ("train", "sample", "fid", "experiments/benchmark", "experiments/table1"))))
     flags = {flag for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", README)}
     added = {f"--{name.replace('_', '-')}" for name in train.PAPER}
     assert flags <= known | added | {"--help", "--nproc_per_node"}, flags - known - added

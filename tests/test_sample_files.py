@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-import edges
+from support import edges
 import sample
 from refiner import DEFAULTS, build_model
 

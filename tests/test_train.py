@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-import edges
+from support import edges
 import losses
 import train
-from curves import read_log
+from support.curves import read_log
 from data import Images
 from refiner import build_model
 from sample import load_model, read_checkpoint
@@ -508,13 +508,13 @@ def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(saved, images, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment, after", [
-    ("train.training_losses", ""), ("run.write_checkpoint", ""), ("torch.save", ""), ("os.replace", "checkpoint.pt"), ("run.save_grid", "checkpoint.pt"),
+    ("train.training_losses", ""), ("support.run.write_checkpoint", ""), ("torch.save", ""), ("os.replace", "checkpoint.pt"), ("support.run.save_grid", "checkpoint.pt"),
     ("sample.p_sample", "checkpoint.pt"), ("fid.features_of", "checkpoint.pt"), ("fid.frechet_distance", "checkpoint.pt"), ("sample.p_sample", "samples_000002.png"),
     ("fid.frechet_distance", "samples_000004.png")])
 def test_a_signal_inside_any_moment_saves_and_nothing_is_lost(moment, after, images, tmp_path, monkeypatch, capsys):
     """In a step, around and inside the writing of a checkpoint, in a grid, in sampling, in an evaluation, also the last: 130, and the same end."""
     monkeypatch.setattr(train.fid, "InceptionFeatures", Features)
-    monkeypatch.setattr("run.GRID", 4)
+    monkeypatch.setattr("support.run.GRID", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = [*SMALL, "--data", images, "--sample-every", 2, "--eval-every", 2, "--eval-samples", 4, "--iterations", 4]
     assert run(*flags, "--out", tmp_path / "one") == 0

@@ -15,14 +15,14 @@ from torch import nn
 
 import data
 import diffusion
-import edges
+from support import edges
 import sample
 import train
-from curves import read_log
-from guidance import classifier_free, classifier_gradient
-from variance import bits_per_dim
+from support.curves import read_log
+from neighbours.guidance import classifier_free, classifier_gradient
+from neighbours.variance import bits_per_dim
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--T", "20", "--batch-size", "4", "--sample-every", "0", "--device", "cpu"]
 
 

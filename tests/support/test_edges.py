@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import edges
+from support import edges
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-0.1", "x", "", "1e999"])

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import edges
+from support import edges
 import fid
-import table1
+from experiments import table1
 import train
-import variants
+from experiments import variants
 from refiner import build_model
 from sample import read_checkpoint
 
@@ -76,7 +76,7 @@ def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, tmp_pat
     (tmp_path / "score.py").write_text(SCORER)
     script = f"""if True:
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import edges, table1
+        from support import edges, table1
         table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 100000, "", 4, 8)}}
         sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {str(tmp_path / "score.py")!r}]))
     """

@@ -1,8 +1,8 @@
 r"""How fast the code is, against plain references and against the hardware, all measured in one run.
 
-    python tests/benchmark.py                       every row
-    python tests/benchmark.py step lpips            some of them
-    python tests/benchmark.py gpu                   on a GPU: one training step in absolute numbers
+    python -m experiments.benchmark                       every row
+    python -m experiments.benchmark step lpips            some of them
+    python -m experiments.benchmark gpu                   on a GPU: one training step in absolute numbers
 
 A figure is the median of interleaved repeats; a ratio is the reference's over the work's time where the target is a least speed-up ("x"),
 and the work's over the reference's where it is a greatest cost.  "of peak" is the work's FLOP/s over the best of large 3 x 3 convolutions,
@@ -43,17 +43,16 @@ from torchvision import transforms
 from torchvision.models import inception as blocks
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import edges                                    # noqa: E402 (the modules lie one folder up)
-import fid                                      # noqa: E402
-import losses                                   # noqa: E402
-import train                                    # noqa: E402
-import unet                                     # noqa: E402
-from data import Images, batch_indices, from_pixels     # noqa: E402
-from refiner import build_model                 # noqa: E402
-from run import LOG_EVERY, Run                  # noqa: E402
-from sample import sample                       # noqa: E402
+from support import edges
+import fid
+import losses
+import train
+import unet
+from data import Images, batch_indices, from_pixels
+from refiner import build_model
+from support.run import LOG_EVERY, Run
+from sample import sample
 
 CIFAR10 = ROOT / "../shared/data/cifar10_train.npz"
 SIZE = 32

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import edges
+from support import edges
 import refiner
-import variants
+from experiments import variants
 from diffusion import Prediction, clean_estimates, cosine_schedule, eps_from_x0, mix, mu_from_x0, respace
 from losses import SelfPerceptual, mu_loss, training_losses
 from sample import p_sample

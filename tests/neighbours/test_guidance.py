@@ -10,11 +10,11 @@ from torch.testing import assert_close
 
 from data import stream
 from diffusion import Prediction, cosine_schedule, linear_schedule, q_sample, respace, x0_from_eps
-from guidance import ClassifierFree, classifier_free, classifier_gradient, guided_x0
+from neighbours.guidance import ClassifierFree, classifier_free, classifier_gradient, guided_x0
 from losses import training_losses
 from refiner import build_model
 from sample import labels, p_sample, sample
-from variance import log_variance
+from neighbours.variance import log_variance
 
 SMALL = dict(image_size=16, channels=32, res_blocks=1, T=100)
 KINDS = {"ddpm": {}, "ddpm-x0": dict(model="ddpm", predict="x0"), "sigma": dict(model="ddpm", learn_sigma=True, objective="hybrid"), "dual": {}, "casdm": {}}

@@ -4,8 +4,8 @@ import argparse
 import pytest
 import torch
 
-import parallel
-import run
+from support import parallel
+from support import run
 import train
 from test_train import SMALL
 

@@ -1,7 +1,7 @@
 r"""Our choices where the paper is silent, each turned round, so that table1.py can measure what it is worth.
 
-    python tests/variants.py NAME train.py --model casdm ...
-    python tests/variants.py NAME sample.py CHECKPOINT ...
+    python -m experiments.variants NAME train.py --model casdm ...
+    python -m experiments.variants NAME sample.py CHECKPOINT ...
 
 A variant replaces one function of the project while the script runs; none of them is an option of the project, because none is meant to stay.
 """
@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import diffusion        # noqa: E402 (the modules lie one folder up)
-import edges            # noqa: E402
-import losses           # noqa: E402
-import refiner          # noqa: E402
-import run              # noqa: E402
-import sample           # noqa: E402
-import train            # noqa: E402
+import diffusion
+from support import edges
+import losses
+import refiner
+from support import run
+import sample
+import train
 
 
 def cascade(see=lambda x0_star: x0_star.clamp(-1, 1), squash=torch.sigmoid):

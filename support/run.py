@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import edges
+from support import edges
 import fid
-import parallel
-from curves import draw_curves, read_log
+from support import parallel
+from support.curves import draw_curves, read_log
 from data import stream
 from refiner import build_model
 from sample import save_grid, write_checkpoint
 from unet import load_published
-from variance import ImportanceSampler
+from neighbours.variance import ImportanceSampler
 
 LOG_EVERY = 10      # steps; a row is the mean over them
 GRID, GRID_STEPS = 64, 100      # images in samples_STEP.png, and their DDIM steps (T where it is smaller)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-import edges
-import pictures
-import table1
+from support import edges
+from experiments import pictures
+from experiments import table1
 import train
 from sample import save_npz
 
@@ -23,7 +23,7 @@ def test_the_best_r_is_the_one_that_the_image_was_mixed_with():
 
 def test_without_runs_it_is_one_line_that_says_what_makes_them(tmp_path, capsys):
     assert edges.run(pictures.main, ["--work", str(tmp_path), "--out", str(tmp_path)]) == 1
-    assert "100.npz does not exist; expected a run's samples, which tests/table1.py draws" in capsys.readouterr().err
+    assert "100.npz does not exist; expected a run's samples, which experiments/table1.py draws" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

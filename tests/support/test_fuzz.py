@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-import edges
+from support import edges
 import fid
 import sample
 import train

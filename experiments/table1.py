@@ -1,9 +1,9 @@
 r"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with error bars.
 
-    python tests/table1.py --preset cpu --data images.npz      Table 1's runs that have no line in tests/table1_cpu.jsonl yet; then the table
-    python tests/table1.py --preset cpu --group all --seeds 1  so for all groups: table 1, size, choices, lambda, table 3, table 4, curves; one seed each, not 3
-    python tests/table1.py --preset paper --jobs 8             eight runs side by side, each on its GPU, or its share of the cores
-    python tests/table1.py --preset cpu --print                the tables of the lines that are there
+    python -m experiments.table1 --preset cpu --data images.npz      Table 1's runs that have no line in experiments/table1_cpu.jsonl yet; then the table
+    python -m experiments.table1 --preset cpu --group all --seeds 1  so for all groups: table 1, size, choices, lambda, table 3, table 4, curves; one seed each, not 3
+    python -m experiments.table1 --preset paper --jobs 8             eight runs side by side, each on its GPU, or its share of the cores
+    python -m experiments.table1 --preset cpu --print                the tables of the lines that are there
 
 Each run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps, and scored: for `paper` by fid.py, else
 by a program that stands apart from this project and prints FID-768 and sFID (`--scorer`).  Table 1 comes first, then the rest, each seed by
@@ -40,11 +40,10 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import data             # noqa: E402 (the modules lie one folder up)
-import edges            # noqa: E402
-from sample import save_npz     # noqa: E402
+import data
+from support import edges
+from sample import save_npz
 
 FID = ROOT / "fid.py"
 SCORER = ROOT / "../shared/tools/score.py"
@@ -123,13 +122,13 @@ PAIRS = [("DDPM (x0) + metric", "DDPM (x0)"), ("Dual + metric", "Dual"), ("Cas-D
 # ---- one run ----
 
 class Experiment:
-    """A preset's runs, in `folder`, and their lines in `results`; by default runs/table1-NAME and tests/table1_NAME.jsonl."""
+    """A preset's runs, in `folder`, and their lines in `results`; by default runs/table1-NAME and experiments/table1_NAME.jsonl."""
 
     def __init__(self, name, folder=None, results=None, source=None, scorer=None, jobs=1):
         self.preset, self.source = PRESETS[name], source
         self.scorer = (scorer or self.preset.scorer).resolve()
         self.folder = (folder or ROOT / "runs" / f"table1-{name}").absolute()
-        self.results = (results or ROOT / "tests" / f"table1_{name}.jsonl").absolute()
+        self.results = (results or ROOT / "experiments" / f"table1_{name}.jsonl").absolute()
         self.metric = "lpips" if list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")) else "squeezenet"
         self.rows = {row: how for (_, row), how in ROWS.items()}
         self.programs = Programs(jobs, self.folder / "output.log")
@@ -247,7 +246,7 @@ class Programs:
         if self.stopped:
             raise KeyboardInterrupt
         device = self.devices.get()
-        command = [*([ROOT / "tests/variants.py", variant] if variant else []), ROOT / script, *arguments]
+        command = [*(["-m", "experiments.variants", variant] if variant else []), ROOT / script, *arguments]
         # glibc would give freed pages back and take them again: a third of the scorer's time
         settings = {"MALLOC_TRIM_THRESHOLD_": str(2 ** 32), "MALLOC_MMAP_THRESHOLD_": str(2 ** 30)}
         settings |= {"CUDA_VISIBLE_DEVICES": str(device)} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
@@ -378,7 +377,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=edges.whole(1), default=3, help="runs a row")
     p.add_argument("--data", default="cifar10", help="CIFAR-10 by name, or its images as an .npz")
     p.add_argument("--work", type=Path, help="where the runs lie (default: runs/table1-PRESET)")
-    p.add_argument("--results", type=Path, help="a JSON line a run (default: tests/table1_PRESET.jsonl)")
+    p.add_argument("--results", type=Path, help="a JSON line a run (default: experiments/table1_PRESET.jsonl)")
     p.add_argument("--jobs", type=edges.whole(1), default=1, help="runs side by side, each on its GPU or its share of the cores")
     p.add_argument("--scorer", type=Path, help="fid.py, or a program called as SCORER IMAGES.npz --stats FILE --json, and with --make-stats (default: the preset's)")
     p.add_argument("--print", action="store_true", help="the table alone")

@@ -16,7 +16,7 @@ from diffusion import Prediction, cosine_schedule, ddim_sigma, eps_from_x0, line
 from losses import sigma_loss, training_losses, vlb_loss
 from refiner import build_model
 from sample import p_sample, sample
-from variance import (ImportanceSampler, bits_per_dim, bound, discretised_log_likelihood, gaussian_kl, log_variance, p_mean_variance, prior_bits)
+from neighbours.variance import (ImportanceSampler, bits_per_dim, bound, discretised_log_likelihood, gaussian_kl, log_variance, p_mean_variance, prior_bits)
 
 COSINE, LINEAR = cosine_schedule(), linear_schedule()
 F64 = torch.float64

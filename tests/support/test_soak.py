@@ -52,8 +52,8 @@ WARM_UP = 40        # steps until the allocator has met every size
 def test_memory_grows_by_less_than_20_kB_a_step(steps, flags, labelled, tmp_path, monkeypatch):
     """Resident memory at the run's end, less that after a warm-up; what is free goes back first."""
     monkeypatch.setattr(train.fid, "InceptionFeatures", Features)
-    monkeypatch.setattr("run.GRID", 4)
-    monkeypatch.setattr("run.draw_curves", lambda *_: None)     # matplotlib's own takes 40 pictures
+    monkeypatch.setattr("support.run.GRID", 4)
+    monkeypatch.setattr("support.run.draw_curves", lambda *_: None)     # matplotlib's own takes 40 pictures
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     taken, after_step = {}, train.Run.after_step
 

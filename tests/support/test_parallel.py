@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import parallel
+from support import parallel
 import train
 from data import batch_indices, from_pixels, stream
 from losses import training_losses
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--channels", "32", "--res-blocks", "1", "--T", "20", "--batch-size", "8", "--sample-every", "0", "--device", "cpu"]
 
 
@@ -113,7 +113,7 @@ from datetime import timedelta
 from functools import partial
 import torch
 import torch.distributed as dist
-import parallel
+from support import parallel
 dist.init_process_group = partial(dist.init_process_group, timeout=timedelta(seconds=3))
 parallel.begin(torch.device("cpu"))
 parallel.first(lambda: time.sleep(0 if parallel.rank() else 7))
@@ -132,7 +132,7 @@ def test_ranks_wait_for_the_first_beyond_the_limit_of_a_collective(tmp_path, mon
 
 SLOW_DISK = """
 import sys, time
-import edges, run, train
+from support import edges, run, train
 write = run.write_checkpoint
 def write_slowly(*a, **k):
     time.sleep({seconds})

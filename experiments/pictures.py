@@ -1,6 +1,6 @@
 r"""The pictures of the README's results, drawn from what table1.py left: its runs and its lines.
 
-    python tests/pictures.py --preset cpu      assets/rows.png     Table 1's rows, one a line, every column from the same noise
+    python -m experiments.pictures --preset cpu      assets/rows.png     Table 1's rows, one a line, every column from the same noise
                                                assets/gate.png     r_t over t: how much of a step the learned mix takes from x0', and how much it should
                                                assets/refined.png  figure 2's trace of Cas-DM + metric
                                                assets/curves.png   FID-768 against sampling steps, and against training iterations
@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import edges            # noqa: E402 (the modules lie one folder up)
-import sample           # noqa: E402
-import table1           # noqa: E402
-from data import from_pixels, stream                    # noqa: E402
-from diffusion import clean_estimates, q_sample         # noqa: E402
+from support import edges
+import sample
+from experiments import table1
+from data import from_pixels, stream
+from diffusion import clean_estimates, q_sample
 
 ROWS = [row for group, row in table1.ROWS if group == "table 1" and row != table1.REAL]
 GATED = [*(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))), "L_mu / coef1^2, clamped"]      # whose r_t is drawn
@@ -26,7 +25,7 @@ GATED = [*(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))), "L_mu / c
 
 def draw_rows(experiment, path, columns=14):
     """The same images of every row of Table 1, seed 0, most sampling steps: image i starts from the same noise in each."""
-    drawn = [edges.existing(experiment.place(row, 0) / f"{table1.STEPS[0]}.npz", "run's samples, which tests/table1.py draws") for row in ROWS]
+    drawn = [edges.existing(experiment.place(row, 0) / f"{table1.STEPS[0]}.npz", "run's samples, which experiments/table1.py draws") for row in ROWS]
     images = [np.load(samples)["arr_0"][:columns] for samples in drawn]
     plt = pyplot()
     figure, axes = plt.subplots(len(ROWS), 1, figsize=(0.75 * columns, 0.78 * len(ROWS)))
@@ -117,7 +116,7 @@ def main(argv=None):
     p = edges.Parser(__doc__)
     p.add_argument("--preset", choices=table1.PRESETS, default="cpu")
     p.add_argument("--work", type=Path, help="where table1.py's runs lie (default: runs/table1-PRESET)")
-    p.add_argument("--results", type=Path, help="its lines (default: tests/table1_PRESET.jsonl)")
+    p.add_argument("--results", type=Path, help="its lines (default: experiments/table1_PRESET.jsonl)")
     p.add_argument("--out", type=Path, default=ROOT / "assets")
     a = p.parse_args(argv)
     experiment = table1.Experiment(a.preset, a.work, a.results)

@@ -8,7 +8,7 @@ import json
 
 import matplotlib
 
-import edges
+from support import edges
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402   the backend comes first

@@ -1,0 +1,1 @@
+"""What Cas-DM stands on or is compared with; off by default."""
