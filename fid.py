@@ -1,27 +1,30 @@
-r"""From images to FID, sFID, Inception Score, precision and recall, by the network and the conventions behind the paper's tables.
+r"""FID, sFID, Inception Score, precision and recall, by the conventions behind the paper's tables.
 
-    python fid.py runs/casdm/best.pt cifar10 --n 50000                  a checkpoint, sampled on the fly, against a data set
-    python fid.py samples.npz reference.npz --json                      images or statistics, made here, by guided-diffusion or pytorch-fid
-    python fid.py cifar10 --save-stats reference.npz                    statistics for later: mu, sigma, mu_s, sigma_s, n
-    python fid.py FOLDER shapes --weights random                        the whole path without a download; its distances are no FID
+    python fid.py runs/casdm/best.pt cifar10 --n 50000   a checkpoint, sampled on the fly
+    python fid.py samples.npz reference.npz --json       images, or statistics of any maker
+    python fid.py cifar10 --save-stats reference.npz     statistics for later
+    python fid.py FOLDER shapes --weights random         the whole path without a download; no FID
 
-    A, B        a folder of images, an images .npz (arr_0 uint8 [N, H, W, 3]), a statistics .npz, a checkpoint .pt, a data set's name
-    FID         `frechet_distance` of pool_3's 2048 features                                                (TTUR)
-    sFID        `frechet_distance` of mixed_6/conv's first 7 channels, 7 x 17 x 17 = 2023 features          (Nash)
-    IS          `inception_score` of A                                                                      (IS)
-    precision   `precision_recall`: the share of A near B; recall: the share of B near A                    (PR Eqs. 1, 2)
-                of more than 50,000 images a side only with --precision-recall
+    A, B        a folder of images, an images .npz (arr_0 uint8 [N, H, W, 3]), a checkpoint .pt, a
+                data set's name, or a statistics .npz (mu, sigma, mu_s, sigma_s, n) made here, by
+                guided-diffusion or by pytorch-fid
+    FID         `frechet_distance` of pool_3's 2048 features                            (TTUR)
+    sFID        that of mixed_6/conv's first 7 channels, 7 x 17 x 17 = 2023 features    (Nash)
+    IS          `inception_score` of A                                                  (IS)
+    precision   `precision_recall`: the share of A near B, and recall that of B near A  (PR)
+                up to 50,000 images a side, and beyond them with --precision-recall
 
     Cas-DM   arXiv:2401.02414v1      TTUR   arXiv:1706.08500      Nash   arXiv:2103.03841
     IS       arXiv:1606.03498        PR     arXiv:1904.06991
 
-CHOICE: the paper names the features by the nodes of guided-diffusion's evaluator, so its conventions are followed: TensorFlow's Inception of
-2015-12-05, uint8 images, TF1's bilinear resize to 299, (v - 128) / 128, unbiased covariances, IS without bias over splits of 5000 in the
-given order. Reference images are never flipped. Two numbers compare only at equal n: FID falls with n, and sFID much more so.
+CHOICE: the paper names the features by the nodes of guided-diffusion's evaluator, so its
+conventions are followed: the network and resize of inception.py, uint8 images, unbiased
+covariances, IS without bias over splits of 5000 in the given order.  Reference images are never
+flipped.  Two numbers compare only at equal n: FID falls with n, and sFID much more so.
 """
+
 import contextlib
 import copy
-import hashlib
 import itertools
 import json
 import math
@@ -33,52 +36,62 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 import torch
-import torch.nn.functional as F
 from scipy.linalg import blas
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import inception
-from tqdm import tqdm
 
-import data
-from support import edges
-from support import parallel
-import sample
+from data import DATASETS, raw_images, to_pixels
+from inception import InceptionFeatures
+from sample import Sampler
+from support import cli, parallel
+from support.files import atomic, read_npz
+from support.images import cache_folder
+from support.models import load_model
 
-WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-SPLIT = 5000        # images a split of the Inception Score
-STEADY = 2048       # below so many images the covariance of pool_3 is singular
-POOL = 2048         # features of pool_3
-PAIRED = 50_000     # images a side up to which precision and recall are always computed (PR)
-TILE = 4096         # distances are taken so many rows by so many columns at a time
+SPLIT = 5000  # images a split of the Inception Score
+STEADY = 2048  # below so many images the covariance of pool_3 is singular
+POOL = 2048  # features of pool_3
+PAIRED = 50_000  # images a side up to which precision and recall are always computed (PR)
+TILE = 4096  # distances are taken so many rows by so many columns at a time
 
 
 # ---- numbers ----
+
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     r"""Squared Frechet distance of two Gaussians, in float64.
 
     d = |mu1 - mu2|^2 + Tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))            (TTUR)
 
-    With sigma = F F^T that root's trace is the sum of the roots of the eigenvalues of M M^T, M = F1^T F2: symmetric, so never complex.
+    With sigma = F F^T the trace of that root is the sum of the roots of the eigenvalues of M M^T,
+    M = F1^T F2: symmetric, so never complex.
     mu : [D]          sigma : [D, D]          returns a float >= 0, the same for both orders
     ValueError for what is not finite, not symmetric or of another dimension.
     """
     (mu1, sigma1), (mu2, sigma2) = _gaussian(mu1, sigma1), _gaussian(mu2, sigma2)
     if len(mu1) != len(mu2):
-        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features; expected equally many; make both with the same network")
+        raise ValueError(
+            f"statistics of {len(mu1)} and of {len(mu2)} features; expected equally many; "
+            "make both with the same network"
+        )
     if np.array_equal(mu1, mu2) and np.array_equal(sigma1, sigma2):
-        return 0.0      # rounding would leave 1e-6
-    F1, F2 = sorted((_factor(sigma1), _factor(sigma2)), key=lambda factor: (factor.shape[1], np.sum(factor * factor)))
-    M = blas.dgemm(1, F1, F2, trans_a=1)        # [R1, R2], R1 <= R2; in scipy's BLAS all of it takes 0.8 of the time in numpy's
+        return 0.0  # rounding would leave 1e-6
+    F1, F2 = sorted(
+        (_factor(sigma1), _factor(sigma2)),
+        key=lambda factor: (factor.shape[1], np.sum(factor * factor)),
+    )
+    M = blas.dgemm(
+        1, F1, F2, trans_a=1
+    )  # [R1, R2], R1 <= R2; in scipy's BLAS all of it takes 0.8 of the time in numpy's
     # in scipy 1.13 "evd" fails for 1 x 1 (two images) and the default for 0 x 0 (equal images)
     eigenvalues = scipy.linalg.eigvalsh(blas.dsyrk(1, M, lower=1), driver="ev")
     root = np.sqrt(eigenvalues.clip(0)).sum()
-    return max(0.0, float(np.sum((mu1 - mu2) ** 2) + (np.trace(sigma1) + np.trace(sigma2)) - 2 * root))
+    return max(
+        0.0, float(np.sum((mu1 - mu2) ** 2) + (np.trace(sigma1) + np.trace(sigma2)) - 2 * root)
+    )
 
 
 def _factor(sigma):
-    # [D, R] with F F^T = sigma: Cholesky's, or the eigenvectors with eigenvalues above rounding where sigma is singular
+    # [D, R] with F F^T = sigma: Cholesky's, or where sigma is singular the eigenvectors whose
+    # eigenvalues are above rounding
     try:
         return scipy.linalg.cholesky(sigma, lower=True)
     except scipy.linalg.LinAlgError:
@@ -90,21 +103,33 @@ def _factor(sigma):
 def _gaussian(mu, sigma, name="statistics"):
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{name}: mu has shape {mu.shape} and sigma {sigma.shape}; expected [D] and [D, D]; make them again")
+        raise ValueError(
+            f"{name}: mu has shape {mu.shape} and sigma {sigma.shape}; "
+            "expected [D] and [D, D]; make them again"
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{name}: mu or sigma holds NaN or infinity; expected finite numbers; make them again")
-    if not scipy.linalg.issymmetric(sigma) and np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
+        raise ValueError(
+            f"{name}: mu or sigma holds NaN or infinity; expected finite numbers; make them again"
+        )
+    if (
+        not scipy.linalg.issymmetric(sigma)
+        and np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max()
+    ):
         raise ValueError(f"{name}: sigma is not symmetric; expected a covariance; make it again")
     return mu, sigma
 
 
 def inception_score(logits, split_size=SPLIT):
-    """exp(mean KL(p(y|x) || p(y))) of each split, in the given order: (mean, standard deviation) over the splits (IS).
+    """exp(mean KL(p(y|x) || p(y))) of each split: (mean, standard deviation) over them       (IS)
 
-    logits : [N, K] bias-free, any finite value; in float64, where a log-softmax is never log(0). The last split may be smaller.
+    logits : [N, K] without bias, finite; taken in float64, where a log-softmax is never log(0)
+    The splits are in the given order, and the last one may be smaller.
     """
     if len(logits) == 0 or not logits.isfinite().all():
-        raise ValueError(f"logits {list(logits.shape)} are empty or not finite; expected [N, K] finite numbers; check the network's weights")
+        raise ValueError(
+            f"logits {list(logits.shape)} are empty or not finite; "
+            "expected [N, K] finite numbers; check the network's weights"
+        )
     splits = []
     for part in logits.cpu().double().split(split_size):
         log_p = part.log_softmax(1)
@@ -120,8 +145,10 @@ def precision_recall(a, b, k=3):
     a, b : [N, D], [M, D] of any float type, N, M > k; never more than a tile of them in float32
     """
     if min(len(a), len(b)) <= k:
-        raise ValueError(f"precision and recall of {len(a)} and {len(b)} images; "
-                         f"expected more than k = {k}; add images")
+        raise ValueError(
+            f"precision and recall of {len(a)} and {len(b)} images; "
+            f"expected more than k = {k}; add images"
+        )
     radius_a, radius_b = _radii(a, k), _radii(b, k)
     near_b = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     near_a = torch.zeros(len(b), dtype=torch.bool, device=b.device)
@@ -154,18 +181,24 @@ def _tiles(a, b):
 
 # ---- statistics ----
 
+
 class Statistics:
     """Running mean and covariance of rows of features, in float64 and constant memory.
 
-    n, sum and outer are plain sums over the rows: adding those of two accumulators, or of many devices, gives those of all rows.
+    n, sum and outer are plain sums over the rows: adding those of two accumulators, or of many
+    devices, gives those of all rows.
     """
+
     n, sum, outer = 0, 0, 0
 
     def add(self, rows):
         """rows : [N, D] of any float type, finite"""
         if not rows.isfinite().all():
-            raise ValueError("the network's features hold NaN or infinity; expected finite numbers; check its weights")
-        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()     # MPS has no float64
+            raise ValueError(
+                "the network's features hold NaN or infinity; "
+                "expected finite numbers; check its weights"
+            )
+        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
         self.n += len(rows)
         self.sum += rows.sum(0)
         self.outer += rows.T @ rows
@@ -173,21 +206,27 @@ class Statistics:
     def gaussian(self):
         """(mu [D], sigma [D, D]), float64 arrays; sigma is unbiased: divided by n - 1."""
         if self.n < 2:
-            raise ValueError(f"got {self.n} images; expected at least 2, and {STEADY} for a steady FID; add images")
+            raise ValueError(
+                f"got {self.n} images; "
+                f"expected at least 2, and {STEADY} for a steady FID; add images"
+            )
         mu = self.sum / self.n
-        return mu.cpu().numpy(), ((self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)).cpu().numpy()
+        return mu.cpu().numpy(), (
+            (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
+        ).cpu().numpy()
 
 
 class Features(NamedTuple):
     """What is kept of one side; None where it is not known."""
-    mu: np.ndarray                      # [2048] of pool
-    sigma: np.ndarray                   # [2048, 2048]
-    mu_s: np.ndarray | None = None      # [2023] of spatial
-    sigma_s: np.ndarray | None = None   # [2023, 2023]
-    n: int | None = None                # images
-    weights: str | None = None          # the network's name
-    score: tuple | None = None          # Inception Score: mean, standard deviation
-    pool: torch.Tensor | None = None    # [n, 2048] float16, for precision and recall
+
+    mu: np.ndarray  # [2048] of pool
+    sigma: np.ndarray  # [2048, 2048]
+    mu_s: np.ndarray | None = None  # [2023] of spatial
+    sigma_s: np.ndarray | None = None  # [2023, 2023]
+    n: int | None = None  # images
+    weights: str | None = None  # the network's name
+    score: tuple | None = None  # Inception Score: mean, standard deviation
+    pool: torch.Tensor | None = None  # [n, 2048] float16, for precision and recall
 
 
 @torch.inference_mode()
@@ -199,16 +238,18 @@ def features_of(batches, network, n=None, keep_pool=False):
     ValueError below 2 images and where a feature is not finite.
     """
     pool_sums, spatial_sums, kept, splits, pending = Statistics(), Statistics(), None, [], None
-    with tqdm(total=n, unit="image", desc="features", file=sys.stderr, disable=parallel.rank() > 0 or None) as bar:
+    with cli.progress(n, "features", "image") as bar:
         for batch in batches:
             pool, spatial, logits = (parallel.concat(rows) for rows in network(batch))
             pool_sums.add(pool)
             spatial_sums.add(spatial)
-            if keep_pool and kept is None:      # once, since joining batches would take it twice
+            if keep_pool and kept is None:  # once, since joining batches would take it twice
                 kept = pool.new_empty((n, pool.shape[1]), dtype=torch.float16)
             if keep_pool:
-                kept[pool_sums.n - len(pool):pool_sums.n] = pool
-            pending = logits if pending is None else torch.cat([pending, logits])       # of the unfinished split
+                kept[pool_sums.n - len(pool) : pool_sums.n] = pool
+            pending = (
+                logits if pending is None else torch.cat([pending, logits])
+            )  # of the unfinished split
             while len(pending) >= SPLIT:
                 splits.append(inception_score(pending[:SPLIT])[0])
                 pending = pending[SPLIT:]
@@ -216,30 +257,51 @@ def features_of(batches, network, n=None, keep_pool=False):
     gaussians = (*pool_sums.gaussian(), *spatial_sums.gaussian())
     splits += [inception_score(pending)[0]] if len(pending) else []
     score = float(np.mean(splits)), float(np.std(splits))
-    pool = kept[:pool_sums.n] if keep_pool else None
+    pool = kept[: pool_sums.n] if keep_pool else None
     return Features(*gaussians, pool_sums.n, network.name, score, pool)
 
 
 def scores(a, b):
-    """Every number that two Features allow: fid, sfid, is, is_std (of a), precision, recall, n_a, n_b.
+    """Every number that two Features allow.
 
-    With random weights the two distances alone, under other names. Warns below 2,048 images. ValueError where different networks made them.
+    fid, sfid, is and is_std (of a), precision, recall, n_a, n_b; with random weights the two
+    distances alone, under other names.  Warns below 2,048 images.
+    ValueError where different networks made them.
     """
     if a.weights and b.weights and a.weights != b.weights:
-        raise ValueError(f"statistics of the weights {a.weights} and of {b.weights}; expected the same; make both with the same --weights")
+        raise ValueError(
+            f"statistics of the weights {a.weights} and of {b.weights}; "
+            "expected the same; make both with the same --weights"
+        )
     for n in {a.n, b.n} - {None}:
         if n < STEADY:
-            warnings.warn(f"{n} images are few: below {STEADY:,} FID is far too high; compare only at equal n", stacklevel=2)
+            warnings.warn(
+                f"{n} images are few: below {STEADY:,} FID is far too high; "
+                "compare only at equal n",
+                stacklevel=2,
+            )
     random = "random" in f"{a.weights} {b.weights}"
     last = a.n % SPLIT if a.score else 0
     if last and a.n > SPLIT and not random:
-        warnings.warn(f"the last split of the Inception Score holds {last:,} images, "
-                      f"not {SPLIT:,}, and distorts it; score a multiple of {SPLIT:,}", stacklevel=2)
+        warnings.warn(
+            f"the last split of the Inception Score holds {last:,} images, "
+            f"not {SPLIT:,}, and distorts it; score a multiple of {SPLIT:,}",
+            stacklevel=2,
+        )
     if random:
-        warnings.warn("the weights are random: these distances are no FID and say nothing about quality", stacklevel=2)
-    out = {"random_feature_distance" if random else "fid": frechet_distance(a.mu, a.sigma, b.mu, b.sigma)}
+        warnings.warn(
+            "the weights are random: these distances are no FID and say nothing about quality",
+            stacklevel=2,
+        )
+    out = {
+        "random_feature_distance" if random else "fid": frechet_distance(
+            a.mu, a.sigma, b.mu, b.sigma
+        )
+    }
     if a.mu_s is not None and b.mu_s is not None:
-        out["random_spatial_distance" if random else "sfid"] = frechet_distance(a.mu_s, a.sigma_s, b.mu_s, b.sigma_s)
+        out["random_spatial_distance" if random else "sfid"] = frechet_distance(
+            a.mu_s, a.sigma_s, b.mu_s, b.sigma_s
+        )
     if a.score and not random:
         out["is"], out["is_std"] = a.score
     if a.pool is not None and b.pool is not None and not random and min(a.n, b.n) > 3:
@@ -248,15 +310,20 @@ def scores(a, b):
 
 
 def reference(images, network, batch_size=50):
-    """Features of a data.Images, without its pool; computed once and kept under its fingerprint, the network's name and precision."""
+    """Features of a data.Images, without its pool.
+
+    Computed once, and kept under its fingerprint, the network's name and its precision.
+    """
     path, found = None, None
     if parallel.rank() == 0:
-        name = f"{images.fingerprint}-{network.name}-{precision(network)}.npz"
-        path = data.cache_folder() / name
-        with contextlib.suppress(FileNotFoundError, ValueError):    # not there yet, or damaged
+        name = f"{images.fingerprint}-{network.name}-{network.precision()}.npz"
+        path = cache_folder() / name
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or damaged
             found = load_statistics(path)
         if found is None:
-            print(f"statistics of {images.name} are computed once and kept at {path}", file=sys.stderr)
+            print(
+                f"statistics of {images.name} are computed once and kept at {path}", file=sys.stderr
+            )
     found = parallel.same(found)
     if found is None:
         found = features_of(batched(images.pixels, batch_size), network, len(images.pixels))
@@ -265,199 +332,154 @@ def reference(images, network, batch_size=50):
 
 
 def save_statistics(path, features):
-    """An .npz with guided-diffusion's keys mu, sigma, mu_s, sigma_s, which holds pytorch-fid's mu, sigma; and n, weights."""
+    """An .npz with guided-diffusion's keys mu, sigma, mu_s, sigma_s; and n, weights.
+
+    pytorch-fid's are the first two.
+    """
     if parallel.rank():
         return
-    with edges.atomic(path) as f:
-        np.savez(f, **{key: value for key, value in features._asdict().items() if key in Features._fields[:6] and value is not None})
+    with atomic(path) as f:
+        np.savez(
+            f,
+            **{
+                key: value
+                for key, value in features._asdict().items()
+                if key in Features._fields[:6] and value is not None
+            },
+        )
 
 
 def load_statistics(path):
-    """Features of a statistics .npz, sFID's and n where it has them; ValueError, one line, for any other file."""
-    found = edges.read_npz(path, Features._fields[:6])
+    """Features of a statistics .npz, with sFID's and n where it has them.
+
+    ValueError, one line, for any other file.
+    """
+    found = read_npz(path, Features._fields[:6])
     if not found.keys() >= {"mu", "sigma"}:
-        raise ValueError(f"{path} holds {', '.join(found) or 'no statistics'}; expected at least mu and sigma; make it again with --save-stats")
-    spatial = _gaussian(found["mu_s"], found["sigma_s"], path) if found.keys() >= {"mu_s", "sigma_s"} else (None, None)
-    n, weights = (kind(found[key].item()) if key in found and found[key].size == 1 else None for key, kind in (("n", int), ("weights", str)))
+        raise ValueError(
+            f"{path} holds {', '.join(found) or 'no statistics'}; "
+            "expected at least mu and sigma; make it again with --save-stats"
+        )
+    spatial = (
+        _gaussian(found["mu_s"], found["sigma_s"], path)
+        if found.keys() >= {"mu_s", "sigma_s"}
+        else (None, None)
+    )
+    n, weights = (
+        kind(found[key].item()) if key in found and found[key].size == 1 else None
+        for key, kind in (("n", int), ("weights", str))
+    )
     return Features(*_gaussian(found["mu"], found["sigma"], path), *spatial, n, weights)
-
-
-# ---- the network ----
-
-class InceptionFeatures(inception.Inception3):
-    """TensorFlow's Inception of 2015-12-05: 1008 classes, four patched blocks; batch norms folded into the convolutions, channels last.
-
-    weights : None, pytorch-fid's published file, downloaded once; a path to any file that fits; "random", fixed numbers
-    images  : [N, 3, H, W] uint8 0..255, of any size
-    returns : pool [N, 2048], spatial [N, 2023] flattened height, width, channel, logits [N, 1008] without bias; float32 or better
-
-    `.to(device)` and `.bfloat16()` work as on any module. ValueError, one line, where the file does not fit.
-    """
-
-    def __init__(self, weights=None):
-        blocks = [inception.BasicConv2d, InceptionA, inception.InceptionB, InceptionC, inception.InceptionD, InceptionE, None]
-        with torch.device("meta"):      # every number comes from the file
-            super().__init__(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
-            self.Mixed_7c = InceptionE(2048)
-        self.Mixed_7c.pool = F.max_pool2d
-        state, kind = _read_weights(weights, {k: v.shape for k, v in self.state_dict().items() if not k.endswith("num_batches_tracked")})
-        self.load_state_dict(state, strict=False, assign=True)
-        self.name = f"{kind}-{hashlib.sha256(b''.join(state[k].numpy().tobytes() for k in sorted(state))).hexdigest()[:8]}"
-        self.eval().requires_grad_(False)
-        for block in [m for m in self.modules() if isinstance(m, inception.BasicConv2d)]:
-            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, images):
-        assert images.dtype == torch.uint8 and images.shape[1:2] == (3,), f"expected uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}"
-        weight = self.fc.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        x = (tf1_resize(images.to(weight.device, exact), 299) - 128) / 128
-        x = x.to(weight.dtype, memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):       # fp32 means fp32
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))           # [N, 64, 147, 147]
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                # [N, 192, 71, 71]
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(x))))           # [N, 288, 35, 35]
-            x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))           # [N, 768, 17, 17], TensorFlow's mixed_6
-            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1).to(exact)                 # its 1x1 branch, mixed_6/conv, comes first
-            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))           # [N, 2048, 8, 8]
-        pool = x.mean((2, 3), dtype=exact)
-        return pool, spatial, F.linear(pool, weight.to(exact))
-
-
-def precision(network):
-    return str(network.fc.weight.dtype).removeprefix("torch.")
-
-
-def tf1_resize(x, size):
-    """TensorFlow 1's bilinear resize (align_corners=False, no half-pixel shift): source = target * in / out, clamped at the edge.
-
-    x : [N, C, H, W] float          returns : [N, C, size, size]
-    """
-    for axis in (3, 2):
-        length = x.shape[axis]
-        source = torch.arange(size, device=x.device, dtype=torch.float32) * (length / size)
-        low = source.long()
-        shape = (-1, 1) if axis == 2 else (-1,)
-        start, end = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=length - 1))
-        x = start + (end - start) * (source - low).to(x.dtype).view(shape)
-    return x
-
-
-# torchvision's blocks with nothing but the pooling branch changed: an average that leaves the padding out, and in Mixed_7c a maximum.
-
-class InceptionA(inception.InceptionA):
-    def forward(self, x):
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)),
-                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))), self.branch_pool(_mean_pool(x, 3, 1, 1))], 1)
-
-
-class InceptionC(inception.InceptionC):
-    def forward(self, x):
-        deep = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-                          self.branch7x7dbl_5(self.branch7x7dbl_4(deep)), self.branch_pool(_mean_pool(x, 3, 1, 1))], 1)
-
-
-def _mean_pool(x, *window):
-    return F.avg_pool2d(x, *window, count_include_pad=False)
-
-
-class InceptionE(inception.InceptionE):
-    pool = staticmethod(_mean_pool)
-
-    def forward(self, x):
-        wide, deep = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(wide), self.branch3x3_2b(wide),
-                          self.branch3x3dbl_3a(deep), self.branch3x3dbl_3b(deep), self.branch_pool(self.pool(x, 3, 1, 1))], 1)
-
-
-def _read_weights(weights, shapes):
-    # state dict of float32 or better, and what it is called
-    if weights == "random":
-        g = torch.Generator().manual_seed(0)
-        state = {k: torch.full(s, float(k.endswith(("bn.weight", "running_var")))) for k, s in shapes.items()}
-        for k in (k for k, s in shapes.items() if len(s) > 1):
-            state[k] = torch.randn(shapes[k], generator=g) * (2 / shapes[k][1:].numel()) ** 0.5       # He: keeps the scale
-        return state, "random"
-    path = weights or edges.download(WEIGHTS, 95, "FID", "give a copy by --weights PATH", "6726825d")
-    state = edges.read_tensors(path, "file of Inception weights")
-    state = {k: v for k, v in state.items() if k in shapes and torch.is_tensor(v)} if isinstance(state, dict) else {}
-    wrong = [k for k, s in shapes.items() if k not in state or state[k].shape != s]
-    if wrong:
-        raise ValueError(f"{path} lacks {len(wrong)} of FID-Inception's {len(shapes)} tensors or has them in other shapes ({wrong[0]}, ...); "
-                         f"expected {WEIGHTS.rsplit('/')[-1]} or a file with its keys; leave --weights out to download it")
-    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in state.items()}, "inception"
 
 
 # ---- the two sides ----
 
+
 def open_side(source, a, device):
-    """Features of a statistics file, or else (uint8 batches [N, 3, H, W], number of images): the one place that tells the kinds apart."""
+    """Features of a statistics file, or else (uint8 batches [N, 3, H, W], number of images).
+
+    The one place that tells the kinds apart.
+    """
     path = Path(source)
-    if source not in data.DATASETS and not path.exists():
-        raise FileNotFoundError(f"{source} does not exist; expected a folder, an images or statistics .npz, a checkpoint .pt, or one of "
-                                f"{', '.join(data.DATASETS)}; check the path")
+    if source not in DATASETS and not path.exists():
+        raise FileNotFoundError(
+            f"{source} does not exist; expected a folder, an images or statistics .npz, "
+            f"a checkpoint .pt, or one of {', '.join(DATASETS)}; check the path"
+        )
     if is_checkpoint(source):
-        model, _, settings = sample.load_model(path, device)
-        return sampled(model, a.n, settings["image_size"], a.steps, a.seed, a.batch_size), a.n
-    if path.suffix == ".npz" and edges.read_npz(path, ["mu"]):
+        model, _, settings = load_model(path, device)
+        sampler = Sampler(model, settings["image_size"], a.steps, a.seed)
+        return sampled(sampler, a.n, a.batch_size), a.n
+    if path.suffix == ".npz" and read_npz(path, ["mu"]):
         return load_statistics(path)
-    images = data.raw_images(source, a.data_dir, a.skip_bad)
+    images = raw_images(source, a.data_dir, a.skip_bad)
     return batched(images, a.batch_size), len(images)
 
 
 def is_checkpoint(source):
-    return source is not None and source not in data.DATASETS and Path(source).suffix == ".pt"
+    return source is not None and source not in DATASETS and Path(source).suffix == ".pt"
 
 
 def batched(images, batch_size):
-    """uint8 [H, W, 3] images as this rank's uint8 [N, 3, H, W] batches; a batch holds neighbours of one size, at most batch_size of them."""
+    """uint8 [H, W, 3] images as this rank's uint8 [N, 3, H, W] batches.
+
+    A batch holds neighbours of one size, at most batch_size of them.
+    """
+
     def batches():
         for _, same in itertools.groupby(images, key=np.shape):
             while batch := list(itertools.islice(same, batch_size)):
                 yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+
     every = batches()
     while turn := list(itertools.islice(every, parallel.size())):
         yield turn[parallel.rank()] if parallel.rank() < len(turn) else turn[0][:0]
 
 
-def sampled(model, n, image_size, steps, seed, batch_size, watch=None):
-    """This rank's share of images 0 .. n - 1 of `seed`, uint8 [N, 3, H, W] batches quantised as sample.py writes them; watch as in sample.sample."""
+def sampled(sampler, n, batch_size, watch=None):
+    """This rank's share of images 0 .. n - 1 of a sample.Sampler, quantised as sample.py does.
+
+    uint8 [N, 3, H, W] batches; watch as in sample.sample
+    """
     for first, count in parallel.share(n, batch_size):
-        images = sample.sample(model, model.schedule, (count, 3, image_size, image_size), seed, steps, first=first, watch=watch)
-        yield data.to_pixels(images).permute(0, 3, 1, 2)
+        yield to_pixels(sampler(first, count, watch)).permute(0, 3, 1, 2)
 
 
 # ---- the script ----
 
+
 def parse_args(argv):
     """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
-    p = edges.Parser(__doc__)
+    p = cli.Parser(__doc__)
     p.add_argument("A", help="what is scored")
     p.add_argument("B", nargs="?", help="the reference; may be left out with --save-stats")
     what = p.add_argument_group("what")
-    what.add_argument("--weights", metavar="PATH|random", help="Inception weights (default: pytorch-fid's published file, downloaded once)")
-    what.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 says by how much it moved the number")
-    what.add_argument("--precision-recall", action="store_true",
-                      help=f"precision and recall also of more than {PAIRED:,} images a side")
-    what.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and count them")
+    what.add_argument(
+        "--weights",
+        metavar="PATH|random",
+        help="Inception weights (default: pytorch-fid's published file, downloaded once)",
+    )
+    what.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16 says by how much it moved the number",
+    )
+    what.add_argument(
+        "--precision-recall",
+        action="store_true",
+        help=f"precision and recall also of more than {PAIRED:,} images a side",
+    )
+    what.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out images that cannot be read, and count them",
+    )
     how = p.add_argument_group("of a checkpoint")
-    how.add_argument("--n", type=edges.whole(2), default=10000, help="images to sample; the paper takes 50000 for CIFAR-10")
-    how.add_argument("--steps", type=edges.whole(1), default=100, help="DDIM steps")
-    how.add_argument("--seed", type=edges.whole(0), default=0)
+    how.add_argument(
+        "--n",
+        type=cli.whole(2),
+        default=10000,
+        help="images to sample; the paper takes 50000 for CIFAR-10",
+    )
+    how.add_argument("--steps", type=cli.whole(1), default=100, help="DDIM steps")
+    how.add_argument("--seed", type=cli.whole(0), default=0)
     where = p.add_argument_group("where")
     where.add_argument("--data-dir", type=Path, help="where a named data set lies")
     where.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="save A's statistics")
-    where.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
-    where.add_argument("--batch-size", type=edges.whole(1, 1_000_000), default=50)
-    where.add_argument("--device", type=edges.device, default="auto")
+    where.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, everything else on stderr"
+    )
+    where.add_argument("--batch-size", type=cli.whole(1), default=50)
+    where.add_argument("--device", type=cli.device, default="auto")
     a = p.parse_args(argv)
     if a.B is None and a.save_stats is None:
         p.error("only A was given; expected A and B, or A and --save-stats")
     if a.precision_recall and (a.B is None or a.weights == "random"):
-        p.error("--precision-recall is for A against B by Inception weights; "
-                "leave it out, or give B and other weights")
+        p.error(
+            "--precision-recall is for A against B by Inception weights; "
+            "leave it out, or give B and other weights"
+        )
     if a.save_stats and a.save_stats.suffix != ".npz":
         p.error(f"--save-stats {a.save_stats}: expected FILE.npz")
     if not (is_checkpoint(a.A) or is_checkpoint(a.B)):
@@ -471,14 +493,19 @@ def main(argv=None):
     """The scores of A against B, statistics for later, or both."""
     a = parse_args(argv)
     if a.save_stats and not a.save_stats.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{a.save_stats.absolute().parent} does not exist; expected --save-stats in a folder that does; make it first")
+        raise FileNotFoundError(
+            f"{a.save_stats.absolute().parent} does not exist; "
+            "expected --save-stats in a folder that does; make it first"
+        )
     note = sys.stderr if a.json else sys.stdout
-    device = parallel.begin(edges.open_device(a.device))
+    device = parallel.begin(cli.open_device(a.device))
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
     with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
     if a.precision_recall and len(with_images) < 2:
-        raise ValueError("--precision-recall, and A or B holds statistics alone; "
-                         "expected images on both sides; leave it out or give the images")
+        raise ValueError(
+            "--precision-recall, and A or B holds statistics alone; "
+            "expected images on both sides; leave it out or give the images"
+        )
     network = InceptionFeatures(a.weights).to(device) if with_images else None
     keep_pool = False
     if len(with_images) == 2 and a.weights != "random":
@@ -497,7 +524,11 @@ def main(argv=None):
     if result and a.json:
         print(json.dumps(result))
     elif result:
-        print("  ".join(f"{key} {value:.6g}" for key, value in result.items() if isinstance(value, float)))
+        print(
+            "  ".join(
+                f"{key} {value:.6g}" for key, value in result.items() if isinstance(value, float)
+            )
+        )
     print(convention(features, network), file=note)
     if with_images and a.precision == "bf16":
         other = features[1 - with_images[0]] if a.B else None
@@ -508,10 +539,12 @@ def _affordable(n_a, n_b, asked):
     # whether precision and recall are computed; what they cost is said where it is much
     if max(n_a, n_b) <= PAIRED:
         return True
-    gigabytes = 2 * POOL * (n_a + n_b) / 1e9        # float16
-    operations = 2 * POOL * (n_a ** 2 + n_a * n_b + n_b ** 2) / 1e12
-    cost = (f"note: precision and recall of {n_a:,} and {n_b:,} images take {gigabytes:,.1f} GB "
-            f"and {operations:,.0f} trillion operations")
+    gigabytes = 2 * POOL * (n_a + n_b) / 1e9  # float16
+    operations = 2 * POOL * (n_a**2 + n_a * n_b + n_b**2) / 1e12
+    cost = (
+        f"note: precision and recall of {n_a:,} and {n_b:,} images take {gigabytes:,.1f} GB "
+        f"and {operations:,.0f} trillion operations"
+    )
     if not asked:
         cost += "; left out; --precision-recall asks for them"
     if parallel.rank() == 0:
@@ -531,22 +564,38 @@ def _head(batches, n, device):
 
 
 def bf16_effect(batches, exact, network, other=None):
-    """One line: the distance of the same images to `other` (or to themselves in fp32) by both networks."""
+    """One line: the distance of the same images to `other`, by both networks.
+
+    Without `other` it is the distance to themselves in fp32.
+    """
     fp32, bf16 = features_of(batches, exact), features_of(batches, network)
     other = other or fp32
     before, after = (frechet_distance(x.mu, x.sigma, other.mu, other.sigma) for x in (fp32, bf16))
-    return f"bf16 moved the distance of the first {fp32.n} images by {after - before:+.4f} ({before:.4f} in fp32, {after:.4f} in bf16)"
+    return (
+        f"bf16 moved the distance of the first {fp32.n} images by {after - before:+.4f} "
+        f"({before:.4f} in fp32, {after:.4f} in bf16)"
+    )
 
 
 def convention(features, network):
     """One line to quote beside the numbers."""
-    counts = "; ".join(f"{side}: {'an unknown number of' if f.n is None else f.n} images" for side, f in zip("AB", features))
+    counts = "; ".join(
+        f"{side}: {'an unknown number of' if f.n is None else f.n} images"
+        for side, f in zip("AB", features, strict=False)
+    )
     made = "features as the files' makers took them"
     if network:
-        made = f"TF1 bilinear resize to 299, (v - 128) / 128; weights {network.name} in {precision(network)}"
-    splits = f"; IS over {math.ceil(features[0].n / SPLIT)} split(s) of {SPLIT}" if features[0].score else ""
+        made = (
+            "TF1 bilinear resize to 299, (v - 128) / 128; "
+            f"weights {network.name} in {network.precision()}"
+        )
+    splits = (
+        f"; IS over {math.ceil(features[0].n / SPLIT)} split(s) of {SPLIT}"
+        if features[0].score
+        else ""
+    )
     return f"{counts}; {made}; covariances / (n - 1){splits}"
 
 
 if __name__ == "__main__":
-    sys.exit(edges.run(main))
+    sys.exit(cli.run(main))

@@ -1,1 +1,19 @@
-"""What Cas-DM stands on or is compared with; off by default."""
+r"""What Cas-DM stands on or is compared with; off by default, each reached by its own flags.
+
+A neighbour is one file and its rows below.  Delete them, and everything else works as before.
+What it may plug into the scripts is `plug.Neighbour`; earlier rows come first.
+"""
+
+from neighbours.classifier_free import FreeGuidance
+from neighbours.guidance import Guidance
+from neighbours.perceptual import Perceptual
+from neighbours.published import Published
+from neighbours.variance import Variance
+
+NEIGHBOURS = (
+    Variance(),
+    FreeGuidance(),
+    Guidance(),
+    Perceptual(),
+    Published(),
+)

@@ -1,35 +1,37 @@
 r"""Many processes that do what one does: torchrun's ranks share each batch by index.
 
-    torchrun --nproc_per_node=8 -- train.py --model casdm --lpips 0.1 --data cifar10    the paper's 8 GPUs x 16 images
+    torchrun --nproc_per_node=8 -- train.py --data cifar10 --lpips 0.1     the paper's 8 x 16 images
     torchrun --nproc_per_node=8 -- sample.py CHECKPOINT --n 50000 --out samples.npz
     torchrun --nproc_per_node=8 -- fid.py CHECKPOINT cifar10 --n 50000
 
-`--` keeps torchrun from taking our --n for one of its own flags.  Every random draw belongs to the global batch or to one image, never to
-a rank, so one process and N give the same result to rounding.  Rank 0 alone writes and prints.  Without torchrun each function here is
-that of a single process and costs nothing.
+`--` keeps torchrun from taking our --n for one of its own flags.  Every random draw belongs to the
+global batch or to one image, never to a rank, so one process and N give the same result to
+rounding.  Rank 0 alone writes and prints.  Without torchrun no function here does anything special.
 """
+
 import os
 import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_patient = None     # the group in which ranks meet after work that takes long; None: the usual one
+_patient = None  # the group in which ranks meet after work that takes long; None: the usual one
 
 
 def processes():
     """How many processes torchrun started, this one among them; 1 without torchrun.
 
-    A batch system may set WORLD_SIZE, or any of these names, alone: only all of them are torchrun's.
+    A batch system may set any of these names alone: only all of them together are torchrun's.
     """
     whole = all(name in os.environ for name in TORCHRUN)
     return int(os.environ["WORLD_SIZE"]) if whole else 1
 
 
 def begin(device):
-    """Joins the group of several processes; returns the device that is this rank's own."""
+    """Joins the group, if torchrun started this process; returns this rank's own device."""
     global _patient
     if processes() == 1 or dist.is_initialized():
         return device
@@ -39,7 +41,7 @@ def begin(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
@@ -67,11 +69,26 @@ def first(work):
     return result
 
 
+def wrap(model):
+    """The model as the ranks train it together: its gradients are the mean over them."""
+    if size() == 1:
+        return model
+    shared = DistributedDataParallel(model)
+    shared.losses = model.losses  # of figure 1's models each owns its losses
+    return shared
+
+
+def lost_another(error):
+    """Whether a RuntimeError says that another process of the group is gone."""
+    words = ("peer", "onnection", "NCCL")
+    return dist.is_initialized() and any(word in str(error) for word in words)
+
+
 def launcher():
     """What a command line begins with that starts as many processes as there are now."""
     if size() == 1:
         return "python"
-    here = os.environ.get("LOCAL_WORLD_SIZE", size())       # of this node
+    here = os.environ.get("LOCAL_WORLD_SIZE", size())  # of this node
     return f"torchrun --nproc_per_node={here} --"
 
 
@@ -92,19 +109,25 @@ def same(value):
 
 
 def share(n, batch_size):
-    """This rank's part of 0 .. n-1 as (first, count), a batch a round; where the last round has none for it, count is 0."""
+    """This rank's part of 0 .. n-1 as (first, count), a batch a round.
+
+    Where the last round has none for it, count is 0.
+    """
     for start in range(rank() * batch_size, rank() * batch_size + n, size() * batch_size):
         yield min(start, n), max(0, min(batch_size, n - start))
 
 
 def concat(rows):
-    """Every rank's rows [n_r, ...] in the order of ranks -> [sum n_r, ...]; each rank must call it equally often."""
+    """Every rank's rows [n_r, ...] in the order of ranks -> [sum n_r, ...].
+
+    Each rank must call it equally often.
+    """
     if size() == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     padded = rows.new_zeros((int(max(counts)), *rows.shape[1:]))
-    padded[:len(rows)] = rows
+    padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

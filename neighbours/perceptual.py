@@ -1,0 +1,154 @@
+r"""The self-perceptual objective: a frozen diffusion model as the metric.
+
+SP   arXiv:2401.00110   Diffusion Model with Perceptual Loss
+
+python train.py --self-perceptual CHECKPOINT=1                a metric on x0' of Cas-DM or Dual
+python train.py --model ddpm --self-perceptual CHECKPOINT=1   a DDPM's whole objective
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffusion import q_sample
+from losses import squared_norm
+from neighbours.plug import Neighbour
+from refiner import DDPM, DDPMx0
+from support import cli
+from support.models import check_same_noise, load_model
+
+
+class SelfPerceptual(nn.Module):
+    """Distance of the frozen model's middle features of both images, noised again to t'     (SP)
+
+    L_sp = || f(x^_t', t') - f(x_t', t') ||^2,  mean over C, h, w -> [B]
+    x_t' from (x0, eps), x^_t' from (x0', eps^), both by Cas-DM Eq. 3 at t', batch.t_other
+
+    own_noise : whether eps^ is the model's own eps' or the batch's eps
+    CHOICE: as a DDPM's whole objective eps^ is its own eps'; beside other losses x0' carries the
+    noise of x0, so that it is a metric on x0' alone.
+
+    0 for x0' = x0 with eps^ = eps, and at t' = t where x_t holds both pairs.  The frozen model is
+    ours, trained by mean squared error; its theta gives f.
+    """
+
+    def __init__(self, frozen, own_noise=False):
+        super().__init__()
+        self.frozen = frozen.eval().requires_grad_(False)
+        self.own_noise = own_noise
+
+    def forward(self, pred, batch):
+        eps_hat = pred.eps_hat if self.own_noise else batch.eps
+        with torch.no_grad():
+            target = self.features(batch.x0, batch.eps, batch)
+        return squared_norm(self.features(pred.x0_hat, eps_hat, batch) - target)
+
+    def features(self, x0, eps, batch):
+        """The middle's features [B, C, h, w] of the image x0, noised by eps to t'."""
+        x = q_sample(x0, batch.t_other, eps, self.frozen.schedule)
+        y = batch.y if self.frozen.num_classes else None
+        time = self.frozen.time(batch.t_other, x)
+        return self.frozen.theta.encode(x, time, y)[0]
+
+
+class Judged(DDPM):
+    """A DDPM of which the frozen model is the only judge."""
+
+    terms = ()
+
+    def losses(self, pred, batch):
+        return {}
+
+
+class JudgedX0(DDPMx0):
+    """The same, where the network says x0'."""
+
+    terms = ()
+
+    def losses(self, pred, batch):
+        return {}
+
+
+class OtherT:
+    """t' in 1..T, uniform, beside the step's own t."""
+
+    def __init__(self, T):
+        self.T = T
+
+    def draw(self, rng, n):
+        return {"t_other": rng.integers(1, self.T + 1, n)}
+
+
+# ---- the flags ----
+
+
+class Perceptual(Neighbour):
+    settings = {"self_perceptual": {}}
+    judged = {"eps": Judged, "x0": JudgedX0}
+
+    def train_flags(self, flag):
+        text = "a frozen model of ours as a metric, or as DDPM's whole objective, and its lambda"
+        flag("self-perceptual", text, type=checkpoint_and_lambda, metavar="CKPT=W")
+
+    def model(self, s):
+        if s["self_perceptual"] and s["model"] == "ddpm":
+            return self.judged[s["predict"]]
+
+    def metrics(self, s):
+        found = {}
+        for path, weight in s["self_perceptual"].items():
+            judge = judge_of(path, s)
+            found["self-perceptual"] = weight, SelfPerceptual(judge, s["model"] == "ddpm")
+        return found
+
+    def draws(self, s):
+        return [OtherT(s["T"])] if s["self_perceptual"] else []
+
+    def start(self, model, s, metrics):
+        """DDPM's is the second stage of the very model that judges it (SP)."""
+        if self.model(s):
+            start_from(model, metrics["self-perceptual"].frozen)
+
+
+def checkpoint_and_lambda(text):
+    """An argparse type: CKPT=W -> {absolute path: W}"""
+    path, _, weight = text.rpartition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected CKPT=W, a checkpoint of ours and its lambda"
+        )
+    return {str(Path(path).absolute()): cli.real(0, above=True)(weight)}
+
+
+def judge_of(path, s):
+    """The frozen model; ValueError where it does not know this run's noisy images or labels."""
+    judge, _, theirs = load_model(path)
+    check_same_noise(path, theirs, s)
+    foreign = judge.num_classes not in (None, s["num_classes"])
+    knows_null = judge.num_classes and judge.theta.label_embed.num_embeddings > judge.num_classes
+    if foreign or (judge.num_classes and s["label_dropout"] and not knows_null):
+        raise ValueError(
+            f"{path} was trained with {judge.num_classes} classes; expected the labels of this "
+            "run; use the same --class-cond and --label-dropout"
+        )
+    return judge
+
+
+def start_from(model, other):
+    """Copies another model's weights into a DDPM; ValueError where they mean something else."""
+    reason = None
+    predicts_x0 = isinstance(other, DDPMx0)
+    if predicts_x0 != isinstance(model, DDPMx0):  # weights of one shape
+        reason = f"it predicts {'x0' if predicts_x0 else 'eps'}"
+    else:
+        try:
+            model.load_state_dict(other.state_dict())
+        except RuntimeError as e:
+            reason = " ".join(str(e).split())[:160]
+    if reason:
+        raise ValueError(
+            f"--self-perceptual: its model differs from the one to be trained ({reason}); "
+            "expected a DDPM trained with the same settings; give those settings"
+        )

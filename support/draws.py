@@ -1,0 +1,72 @@
+"""Chance: every draw follows from (seed, purpose, index), so that nothing needs a saved state."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+def stream(seed, purpose, index):
+    """The numpy Generator of draw `index` for `purpose`; nothing else in the project draws."""
+    return np.random.default_rng([*purpose.encode(), seed, index])
+
+
+class StepDraws:
+    """All that a training step draws, for the global batch: the same for any number of processes.
+
+    labels : [N] int64 of the images, or None          extras : what neighbours draw beside
+    """
+
+    def __init__(self, settings, pixels, labels, extras):
+        self.settings, self.labels, self.extras = settings, labels, extras
+        self.images, self.shape = len(pixels), (3, *pixels.shape[1:3])
+
+    def __call__(self, step):
+        """(which images [n], {field of losses.Batch: [n, ...]}, a seed for dropout)"""
+        s, n = self.settings, self.settings["batch_size"]
+        rng = stream(s["seed"], "step", step)
+        image = batch_indices(self.images, n, step, s["seed"])
+        drawn = {
+            "t": rng.integers(1, s["T"] + 1, n),
+            "eps": rng.standard_normal((n, *self.shape), dtype="float32"),
+        }
+        dropout = int(rng.integers(2**31))
+        if s["num_classes"]:
+            unlabelled = rng.random(n) < s["label_dropout"]
+            drawn["y"] = np.where(unlabelled, s["num_classes"], self.labels[image])
+        for extra in self.extras:
+            drawn |= extra.draw(rng, n)
+        return image, drawn, dropout
+
+
+class Noise:
+    """N(0, I) for a batch of images, image k from the stream of indices[k]; called, the next draw.
+
+    shape : (C, H, W)          returns [N, C, H, W] float32, the same on every device
+    """
+
+    def __init__(self, seed, purpose, indices, shape, device="cpu"):
+        self.streams = [stream(seed, purpose, i) for i in indices]
+        self.shape, self.device = tuple(shape), device
+
+    def __call__(self):
+        noise = np.empty((len(self.streams), *self.shape), np.float32)
+        for image, rng in zip(noise, self.streams, strict=True):
+            rng.standard_normal(out=image, dtype=np.float32)
+        return torch.from_numpy(noise).to(self.device)
+
+
+def batch_indices(n, batch_size, step, seed):
+    """Which of n images batch `step` (0, 1, ...) holds -> int64 [batch_size].
+
+    An epoch is one permutation of 0..n-1, from (seed, epoch); batches run on from one into the
+    next, so that n < batch_size is no error.
+    """
+    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+    epochs = range(epoch[0], epoch[-1] + 1)
+    return np.concatenate([_order(n, seed, e)[place[epoch == e]] for e in epochs])
+
+
+@lru_cache(maxsize=2)
+def _order(n, seed, epoch):
+    return stream(seed, "order", epoch).permutation(n)

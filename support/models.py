@@ -1,0 +1,74 @@
+"""From settings to a model, and back from a checkpoint: the one place that asks the neighbours."""
+
+from refiner import DEFAULTS, model_class
+from support.checkpoint import read_checkpoint
+
+
+def neighbours():
+    """The table of neighbours, imported when it is asked for: they load models themselves."""
+    from neighbours import NEIGHBOURS
+
+    return NEIGHBOURS
+
+
+def kind(s):
+    """The class of the model that the settings describe: a neighbour's, or one of figure 1's."""
+    for neighbour in neighbours():
+        found = neighbour.model(neighbour.settings | s)
+        if found:
+            return found
+    return model_class(s)
+
+
+def build(settings):
+    """The model that `settings` describe; absent keys take the defaults."""
+    s = DEFAULTS | settings
+    return kind(s)(s)
+
+
+def load_model(path, device="cpu", raw=False, classifier=False):
+    """(model, schedule, settings) of a checkpoint, in eval mode.
+
+    The weights are the moving average's, or the trained ones if `raw`.
+    ValueError, one line, where it is a model of images and a classifier was asked for, or the
+    other way round, and where the weights do not fit the settings or are not finite.
+    """
+    state = read_checkpoint(path)
+    try:
+        model = build(state["settings"])
+        model.load_state_dict(state["model" if raw else "ema"])
+    except Exception as e:  # settings or tensors of any wrong kind: it is ours only by its label
+        reason = " ".join(str(e).split())[:160]
+        raise ValueError(
+            f"{path}: its tensors do not fit its settings ({reason}); expected what train.py wrote"
+        ) from None
+    if model.makes_images == classifier:
+        kinds = ("classifier", "model of images")
+        if classifier:
+            kinds = ("model of images", "classifier")
+        flag = "with" if classifier else "without"
+        raise ValueError(
+            f"{path} is a {kinds[0]}; expected a {kinds[1]}; train one {flag} --model classifier"
+        )
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(
+            f"{path} holds weights that are not finite; expected numbers; use an earlier checkpoint"
+        )
+    model = model.to(device).eval()
+    return model, model.schedule, state["settings"]
+
+
+def check_same_noise(path, theirs, settings):
+    """ValueError where the model at `path` knows other noisy images than `settings` describe."""
+    for key in ("schedule", "T", "image_size"):
+        if settings[key] not in (None, theirs[key]):
+            raise ValueError(
+                f"{path} has {key} {theirs[key]} where the other model has {settings[key]}; "
+                f"expected the same noisy images; train with the same --{key.replace('_', '-')}"
+            )
+
+
+def set_precision(model, precision):
+    """Has the model's networks compute in `fp32` or `bf16`; all else stays in float32."""
+    for network in model.children():
+        network.bf16 = precision == "bf16"

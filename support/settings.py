@@ -1,0 +1,366 @@
+"""train.py's flags and the settings that they make: plain values, which the checkpoint keeps."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fid
+from data import CIFAR10_HOME, DATASETS, load_images
+from diffusion import SCHEDULES, respace
+from losses import LAMBDAS
+from metrics import METRICS, FeatureDistance, OnX0
+from refiner import DEFAULTS, MODELS, PREDICTIONS, REFINER_INPUTS, REFINERS
+from support import cli, parallel
+from support.checkpoint import read_checkpoint
+from support.models import build, kind, neighbours
+from support.run import GRID_STEPS
+
+# The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, where a run takes minutes.
+PAPER = DEFAULTS | {
+    "data": "shapes",
+    "data_dir": None,
+    "skip_bad": False,
+    "class_cond": False,
+    "metric": {},
+    "metric_size": None,
+    **{f"lambda_{term}": weight for term, weight in LAMBDAS.items()},
+    "iterations": 400_000,
+    "batch_size": 128,
+    "accumulate": 1,
+    "lr": 1e-4,
+    "ema": 0.9999,
+    "seed": 0,
+    "precision": "fp32",
+    "compile": False,
+    "sample_every": 10_000,
+    "save_every": 10_000,
+    "eval_every": 0,
+    "eval_samples": 10_000,
+}
+SHAPES = {
+    "channels": 32,
+    "res_blocks": 1,
+    "T": 1000,
+    "iterations": 1200,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "sample_every": 600,
+    "save_every": 600,
+}
+# What --resume may change; `moved` knows more.
+FREE = (
+    "iterations",
+    "accumulate",
+    "sample_every",
+    "save_every",
+    "eval_every",
+    "eval_samples",
+    "data_dir",
+)
+
+
+def defaults():
+    """Every setting without a flag: the paper's and the neighbours'."""
+    found = dict(PAPER)
+    for neighbour in neighbours():
+        found |= neighbour.settings
+    return found
+
+
+def parse_args(doc, argv):
+    """(settings, arguments): what was typed over the defaults, and alone in arguments.typed."""
+    p = cli.Parser(doc)
+    every = defaults()
+
+    def adder(group):
+        def flag(name, text, **how):
+            key = name.replace("-", "_")
+            default = every.get(key)
+            if default not in (None, {}, False):
+                text += f" (default: {default}"
+                text += f"; on shapes {SHAPES[key]})" if key in SHAPES else ")"
+            group.add_argument(f"--{name}", help=text, **how)
+
+        return flag
+
+    whole, real = cli.whole, cli.real
+    flag = adder(p.add_argument_group("what"))
+    models = [*MODELS, *(name for n in neighbours() for name in n.models)]
+    flag("model", "which of figure 1's models, or a neighbour's", choices=models)
+    flag("predict", "what a DDPM's network predicts", choices=PREDICTIONS)
+    flag("refiner", "Cas-DM's phi: the U-Net, or the Fix-Res CNN", choices=REFINERS)
+    flag("refiner-input", "what phi sees: x0*, or concat(x0*, eps')", choices=REFINER_INPUTS)
+    for term in LAMBDAS:
+        flag(f"lambda-{term}", f"weight of L_{term}", type=real(0), metavar="W")
+    text = "lambda of LPIPS; the same as --metric lpips=W; the paper's is 0.1"
+    flag("lpips", text, type=real(0), metavar="W")
+    text = f"a metric on x0' and its lambda: {', '.join(METRICS)}; may be repeated"
+    flag("metric", text, type=parse_metric, action="append", metavar="NAME=W")
+    text = (
+        "side to which a network's metric enlarges images; time grows with its square "
+        "(default: the paper's 224)"
+    )
+    flag("metric-size", text, type=whole(32), metavar="S")
+    text = "condition on the labels that the data bring"
+    flag("class-cond", text, action="store_true", default=None)
+    text = f"{', '.join(DATASETS)}, a folder of images, or an images .npz"
+    flag("data", text, metavar="NAME|PATH")
+    flag("data-dir", "where a named set lies, or is downloaded to", metavar="DIR")
+    text = "leave out images that cannot be read, and count them"
+    flag("skip-bad", text, action="store_true", default=None)
+    text = "side of the images; a named set or an .npz brings its own; shapes have 16"
+    flag("image-size", text, type=whole(1))
+    flag("channels", "width of the U-Nets' first level", type=whole(1))
+    flag("res-blocks", "residual blocks a level", type=whole(1))
+    flag("dropout", "improved-diffusion's CIFAR-10 recipe has 0.3", type=real(0, 0.99))
+    flag("schedule", "how beta grows over t", choices=SCHEDULES)
+    flag("T", "diffusion steps", type=whole(1, 100_000))
+
+    flag = adder(p.add_argument_group("how"))
+    flag("iterations", "steps of the whole run", type=whole(1))
+    flag("batch-size", "images a step", type=whole(1))
+    text = "parts in which a process takes its share of the batch, to save memory"
+    flag("accumulate", text, type=whole(1))
+    flag("lr", "AdamW's learning rate, constant", type=real(0, above=True))
+    flag("ema", "decay of the weights' moving average", type=real(0, 1))
+    flag("seed", "of the weights, the order of the images, noise and samples", type=whole(0))
+    text = "bf16: the networks compute under autocast"
+    flag("precision", text, choices=("fp32", "bf16"))
+    flag("compile", "torch.compile the model", action="store_true", default=None)
+    text = "auto: a GPU where there is one"
+    flag("device", text, type=cli.device, default="auto")
+
+    where = p.add_argument_group("where")
+    text = "the run's folder (default: runs/MODEL-DATA)"
+    where.add_argument("--out", type=Path, metavar="DIR", help=text)
+    text = (
+        "go on with the run in --out; its settings come from its checkpoint; "
+        "--data, --data-dir and --self-perceptual may name where things are now"
+    )
+    where.add_argument("--resume", action="store_true", help=text)
+    flag = adder(where)
+    flag("sample-every", "steps between grids of samples; 0: never", type=whole(0))
+    flag("save-every", "steps between checkpoints; 0: only the last", type=whole(0))
+    flag("eval-every", "steps between evaluations (FID, sFID, IS); 0: never", type=whole(0))
+    text = "images of an evaluation; the paper's 50000 on CIFAR-10"
+    flag("eval-samples", text, type=whole(2))
+
+    flag = adder(p.add_argument_group("beyond the paper"))
+    for neighbour in neighbours():
+        neighbour.train_flags(flag)
+    a = p.parse_args(argv)
+    return settings_of(p, a), a
+
+
+def settings_of(p, a):
+    """What was typed, over the defaults that the data bring.
+
+    A combination that means nothing is a usage error; of a resumed run `reopen` finds it.
+    """
+    every = defaults()
+    a.typed = {key: value for key, value in vars(a).items() if key in every and value is not None}
+    if a.metric or a.lpips is not None:
+        weights = [*(a.metric or []), ("lpips", a.lpips or 0)]
+        a.typed["metric"] = {name: weight for name, weight in weights if weight}
+    data = a.typed.get("data", every["data"])
+    if data not in DATASETS:  # a run may be resumed from another folder
+        a.typed["data"] = str(Path(data).absolute())
+    if a.data_dir:
+        a.typed["data_dir"] = str(Path(a.data_dir).absolute())
+    s = every | implied(data) | a.typed
+    for neighbour in neighbours():
+        s |= {key: v for key, v in neighbour.implied(s).items() if key not in a.typed}
+    if not a.resume:
+        try:
+            check(s, a.typed)
+        except ValueError as e:
+            p.error(str(e))
+    return s
+
+
+def implied(data):
+    """The settings that --data brings."""
+    found = {"image_size": DATASETS[data].image_size if data in DATASETS else None}
+    if data == "shapes":
+        found |= SHAPES
+    if data == "cifar10":
+        found["data_dir"] = str(CIFAR10_HOME.absolute())
+    return found
+
+
+def check(s, typed):
+    """ValueError, one line, for settings that mean nothing together."""
+    for neighbour in neighbours():
+        neighbour.check(s)
+    with torch.device("meta"):
+        model = build(s | {"image_size": s["image_size"] or DEFAULTS["image_size"]})
+    foreign = {key for kind in (*MODELS.values(), *PREDICTIONS.values()) for key in kind.options}
+    foreign |= {f"lambda_{term}" for term in LAMBDAS}
+    known = {*model.options, *(f"lambda_{term}" for term in model.terms)}
+    for key in sorted((foreign - known) & set(typed)):
+        flag = f"--{key.replace('_', '-')}"
+        raise ValueError(f"{flag} means nothing to --model {s['model']}; leave it out")
+    processes = parallel.processes()
+    if s["batch_size"] % (processes * s["accumulate"]):
+        raise ValueError(
+            f"--batch-size {s['batch_size']}: expected a multiple of {processes} processes x "
+            f"--accumulate {s['accumulate']}; change one of them"
+        )
+    schedule = SCHEDULES[s["schedule"]](s["T"])
+    if schedule.beta.max() >= 1:
+        raise ValueError(
+            f"--schedule {s['schedule']} with --T {s['T']} reaches beta = 1; "
+            "expected a smaller one; use more steps or the cosine schedule"
+        )
+    if s["metric"] and "x0" not in model.terms:
+        raise ValueError(
+            "a metric compares clean images, and neither DDPM's eps mode nor a classifier "
+            "learns any; use --predict x0, --model dual or --model casdm"
+        )
+    if s["sample_every"] or s["eval_every"]:
+        respace(schedule, min(GRID_STEPS, s["T"]))  # the steps of grids and evaluations
+
+
+def parse_metric(text):
+    """An argparse type: NAME=W -> (name, lambda)"""
+    name, equals, weight = text.partition("=")
+    if name not in METRICS or not equals:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected NAME=W with NAME one of {', '.join(METRICS)}"
+        )
+    return name, cli.real(0)(weight)
+
+
+# ---- a run to go on with ----
+
+
+def reopen(folder, typed):
+    """The checkpoint in `folder`, its settings with what was typed, where --resume may change it.
+
+    ValueError, naming it, for any other change, and for settings that mean nothing together.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint.pt; expected a run to resume; "
+            "name its folder by --out, or leave --resume out to start one"
+        )
+    state = read_checkpoint(path)
+    kept = defaults() | state["settings"]
+    for key, value in typed.items():
+        if key not in FREE and value != kept[key] and not moved(key, kept[key], value):
+            raise ValueError(
+                f"--{key.replace('_', '-')} {value}: the run in {folder} has {kept[key]}; "
+                "expected the same; leave it out, or start another run"
+            )
+    state["settings"] = kept | typed
+    check(state["settings"], typed)
+    return state
+
+
+def moved(key, old, new):
+    """Whether a resumed run's `new` value of a setting may be another place of the `old` one."""
+    if key == "data":  # `check_data` compares what is there
+        return not {old, new} & DATASETS.keys()
+    return key == "self_perceptual" and list(old.values()) == list(new.values())
+
+
+def check_data(state, s, images):
+    """ValueError where a resumed run would go on with other images than its own.
+
+    A folder's fingerprint holds its files' times, which a copy may change: there it is a note.
+    """
+    if state["data"] == images.fingerprint:
+        return
+    place = s["data_dir"] if s["data"] in DATASETS else s["data"]
+    if not Path(place or "").is_dir():
+        raise ValueError(
+            f"{images.name} is not what this run began with; expected the same images; "
+            "name their place by --data or --data-dir, or start another run"
+        )
+    print(
+        f"note: files in {place} have changed since this run began, or were copied with new times",
+        file=sys.stderr,
+    )
+
+
+def refuse_taken(folder):
+    """Before any work: an earlier run is never written over, and the folder can be written."""
+    if any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl")):
+        raise ValueError(
+            f"{folder} holds a run; expected a new folder; "
+            "use --resume to go on with it, or --out for another"
+        )
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(
+            f"{parent} cannot be written to; expected a writable folder; choose another --out"
+        )
+
+
+# ---- what a run needs ----
+
+
+def load_inputs(s):
+    """(images, {name: (lambda, metric)}, FID's network or None), and s with what they say.
+
+    OSError that names everything that is missing, not only the first.
+    """
+    missing = []
+
+    def attempt(load, *how):
+        try:
+            return load(*how)
+        except OSError as e:
+            missing.append(str(e))
+
+    images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
+    if images:
+        s |= {"image_size": images.pixels.shape[1], "num_classes": classes(s, images)}
+    metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
+    others = [attempt(neighbour.metrics, s) for neighbour in neighbours()]
+    network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
+    if missing:
+        raise OSError(" | ".join(missing))
+    if s["metric_size"]:
+        set_size([metric for _, metric in metrics.values()], s["metric_size"])
+    metrics = {name: (weight, OnX0(metric)) for name, (weight, metric) in metrics.items()}
+    for found in others:
+        metrics |= found
+    return images, metrics, network
+
+
+def set_size(metrics, size):
+    """Has those metrics that are networks see images of size x size."""
+    sized = [metric for metric in metrics if isinstance(metric, FeatureDistance)]
+    if not sized:
+        raise ValueError(
+            f"--metric-size {size}: no metric enlarges images; expected one that is a network; "
+            "give --lpips or --metric, or leave it out"
+        )
+    for metric in sized:
+        metric.size = size
+
+
+def classes(s, images):
+    """How many labels, 0..K-1, the run trains with, or None; ValueError where any is missing."""
+    if not s["class_cond"] and not kind(s).needs_labels:
+        return None
+    remedy = "from sub-folders or an .npz's arr_1; leave --class-cond out"
+    if images.labels is None:
+        raise ValueError(f"{images.name} has no labels; expected one for every image, {remedy}")
+    present = np.unique(images.labels)
+    if present[0] < 0:
+        raise ValueError(f"{images.name} has negative labels; expected 0, 1, ..., {remedy}")
+    missing = np.setdiff1d(np.arange(len(present)), present)
+    if len(missing) and not s["num_classes"]:  # a run begun with a gap may go on with it
+        names = ", ".join(map(str, missing[:5]))
+        raise ValueError(
+            f"{images.name} has labels up to {present[-1]}, but no image of {names}; "
+            "expected 0, 1, ... without a gap; number them anew"
+        )
+    return int(present[-1]) + 1
