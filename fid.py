@@ -470,7 +470,7 @@ def parse_args(argv):
     where.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, everything else on stderr"
     )
-    where.add_argument("--batch-size", type=cli.whole(1), default=50)
+    where.add_argument("--batch-size", type=cli.whole(1, 1_000_000), default=50)
     where.add_argument("--device", type=cli.device, default="auto")
     a = p.parse_args(argv)
     if a.B is None and a.save_stats is None:

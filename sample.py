@@ -225,7 +225,7 @@ def parse_args(argv):
     where = p.add_argument_group("where")
     text = "FILE.png: a grid; FILE.npz: arr_0 uint8 [N, H, W, 3]; else a folder of PNGs"
     where.add_argument("--out", type=Path, default=Path("samples.png"), help=text)
-    where.add_argument("--batch-size", type=cli.whole(1), default=64)
+    where.add_argument("--batch-size", type=cli.whole(1, 1_000_000), default=64)
     text = "bf16: the networks under autocast"
     where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
     where.add_argument("--device", type=cli.device, default="auto")

@@ -114,15 +114,15 @@ def parse_args(doc, argv):
     flag("skip-bad", text, action="store_true", default=None)
     text = "side of the images; a named set or an .npz brings its own; shapes have 16"
     flag("image-size", text, type=whole(1))
-    flag("channels", "width of the U-Nets' first level", type=whole(1))
-    flag("res-blocks", "residual blocks a level", type=whole(1))
+    flag("channels", "width of the U-Nets' first level", type=whole(1, 100_000))
+    flag("res-blocks", "residual blocks a level", type=whole(1, 100))
     flag("dropout", "improved-diffusion's CIFAR-10 recipe has 0.3", type=real(0, 0.99))
     flag("schedule", "how beta grows over t", choices=SCHEDULES)
     flag("T", "diffusion steps", type=whole(1, 100_000))
 
     flag = adder(p.add_argument_group("how"))
     flag("iterations", "steps of the whole run", type=whole(1))
-    flag("batch-size", "images a step", type=whole(1))
+    flag("batch-size", "images a step", type=whole(1, 1_000_000))
     text = "parts in which a process takes its share of the batch, to save memory"
     flag("accumulate", text, type=whole(1))
     flag("lr", "AdamW's learning rate, constant", type=real(0, above=True))
