@@ -88,7 +88,11 @@ def test_every_model_trains_and_samples(flags, tmp_path):
 
 
 def test_three_steps_equal_adamw_and_the_moving_average_written_out(tmp_path):
-    """ema <- d ema + (1 - d) weights with d = min(0.9999, (1 + k) / (10 + k)), k = 0, 1, ..."""
+    """ema <- d ema + (1 - d) weights with d = min(0.9999, (1 + k) / (10 + k)), k = 0, 1, ...
+
+    Tolerance: a hundredth of a step of lr = 1e-3, since Adam enlarges the rounding of small
+    gradients.
+    """
     r = new_run(tmp_path, "--iterations", 3)
     plain = new_run(tmp_path, "--iterations", 3)  # the same weights and draws
     model, average = plain.raw_model, [p.double().clone() for p in plain.averages]
@@ -106,9 +110,9 @@ def test_three_steps_equal_adamw_and_the_moving_average_written_out(tmp_path):
             mean.mul_(d).add_(p.detach(), alpha=1 - d)
     assert train.train(r)
     for ours, theirs in zip(r.weights, plain.weights, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     for ours, theirs in zip(r.averages, average, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
 
 
 def test_metrics_never_enter_the_model_or_the_checkpoint(tmp_path, monkeypatch):
