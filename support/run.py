@@ -68,13 +68,14 @@ class Run:
 
         self.extras = [extra for neighbour in neighbours() for extra in neighbour.draws(s)]
         self.noting = [extra for extra in self.extras if hasattr(extra, "note")]
-        self.draws = StepDraws(s, images.pixels, images.labels, self.extras)
         self.terms = [*self.raw_model.terms, *self.metrics, "loss"]
         self.step, self.saved, self.bar = 0, None, None
         self.guard = Guard(self.optimizer, self.terms, stop)
         if state:
             self.load(state)
         self.guard.begun = self.step
+        draws = StepDraws(s, images.pixels, images.labels, self.extras)
+        self.draws = draws(range(self.step, s["iterations"]))
 
     # ---- what the loop of train.py calls, in its order ----
 
@@ -97,7 +98,7 @@ class Run:
 
         In as many parts as --accumulate says; the gradient is exchanged in the last of them.
         """
-        image, self.drawn, dropout = self.draws(self.step)
+        image, self.drawn, dropout = next(self.draws)
         torch.manual_seed(dropout + parallel.rank())
         n, parts = len(image), self.settings["accumulate"]
         self.noted = {term: torch.zeros(n, device=self.device) for term in self.raw_model.terms}
