@@ -19,7 +19,7 @@ class Guard:
     def __init__(self, optimizer, terms, stop, begun=0):
         self.optimizer, self.terms, self.stop, self.begun = optimizer, terms, stop, begun
         self.weights = [p for group in optimizer.param_groups for p in group["params"]]
-        device = self.weights[0].device
+        device = self.device = self.weights[0].device
         self.values = torch.zeros(len(terms), device=device)  # losses of this step
         self.sums = torch.zeros(len(terms), device=device)  # and since the log's last row
         self.finite = torch.ones(len(terms) + 1, dtype=torch.bool, device=device)
@@ -46,7 +46,7 @@ class Guard:
         self.sums += losses
         self.asked += asked
         self.values.zero_()
-        if norm.device.type == "mps":  # whose fused AdamW may not look at found_inf
+        if self.device.type == "mps":  # whose fused AdamW may not look at found_inf
             self.check()
 
     def stopped(self):

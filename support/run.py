@@ -75,7 +75,6 @@ class Run:
         if state:
             self.load(state)
         self.guard.begun = self.step
-        self.start_clock()
 
     # ---- what the loop of train.py calls, in its order ----
 
@@ -87,6 +86,7 @@ class Run:
         if self.bar is None:
             total = self.settings["iterations"]
             self.bar = cli.progress(total, "training", "it", initial=self.step)
+            self.start_clock()
         asked = self.stop.asked
         if parallel.size() > 1:
             asked = self.step % LOG_EVERY == 0 and self.guard.stopped()

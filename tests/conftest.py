@@ -6,4 +6,17 @@ any other busy process.
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Ten 16 x 16 images of three classes; batches of 4 end an epoch inside the third step."""
+    import numpy as np
+
+    path = tmp_path / "images.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
+    np.savez(path, arr_0=pixels, arr_1=np.arange(10) % 3)
+    return path
