@@ -133,7 +133,7 @@ class DualDiffusion(Model):
 
 
 class CasDM(Model):
-    """theta predicts the noise, phi refines the clean image that it implies.
+    """theta predicts the noise, phi refines the clean image that it implies   (Cas-DM figure 1)
 
     Figure 3, what trains what:
 
