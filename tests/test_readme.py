@@ -1,6 +1,7 @@
 """README and docs/ are held against the code: commands, links, names, numbers and choices."""
 
 import ast
+import functools
 import importlib
 import json
 import re
@@ -188,6 +189,7 @@ def test_the_map_has_every_equation():
 # ---- promises ----
 
 
+@functools.cache
 def where_tests_run():
     """{test: the words of PROMISES.md's last column}, by the marks that stand above it."""
     found = {}
