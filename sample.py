@@ -176,8 +176,8 @@ def draw_trace(sampler, path, most=10):
     def watch(t, x_t, estimates):
         x0_star, x0_hat, r_t, _ = estimates
         images = {"x_t": x_t, "x0*": x0_star, "x0'": x0_hat}
-        column = {name: to_pixels(image)[0].cpu() for name, image in images.items()}
-        columns.append((f"t = {t}", column | {"r_t": r_t[0, 0].cpu()}))
+        column = {name: to_pixels(image)[0].cpu().numpy() for name, image in images.items()}
+        columns.append((f"t = {t}", column | {"r_t": r_t[0, 0].cpu().numpy()}))
 
     sampler(0, 1, watch)
     picked = np.unique(np.linspace(0, len(columns) - 1, most).round().astype(int))
