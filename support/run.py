@@ -64,6 +64,7 @@ class Run:
         if s["compile"]:
             self.raw_model.compile(mode=compile_mode(device, s["accumulate"]))
         self.model = parallel.wrap(self.raw_model)
+        # CHOICE: the paper names no optimiser; AdamW without decay is improved-diffusion's
         self.optimizer = torch.optim.AdamW(self.weights, lr=s["lr"], weight_decay=0.0, fused=True)
 
         self.extras = [extra for neighbour in neighbours() for extra in neighbour.draws(s)]
