@@ -155,6 +155,12 @@ def spacing(text):
 class Solvers(Neighbour):
     samplers = {"dpm++": dpm_solver}
 
+    def implied(self, s, typed):
+        """On `shapes` ten of its steps look like a hundred of DDIM's, in a tenth of the time."""
+        if s["data"] != "shapes" or "sampler" in typed:
+            return {}
+        return {"sampler": "dpm++", "sample_steps": 10}
+
     def sampler_flags(self, p):
         text = (
             f"which steps: {', '.join(SPACINGS)}; sections=A,B,...: so many of each part of 1..T, "
@@ -164,5 +170,5 @@ class Solvers(Neighbour):
 
     def steer(self, a, sampler, settings):
         if a.spacing:
-            schedule = sampler.model.schedule
-            sampler.chain = respace(schedule, a.spacing(schedule, a.steps))
+            schedule, n = sampler.model.schedule, len(sampler.chain.step) - 1
+            sampler.chain = respace(schedule, a.spacing(schedule, n))

@@ -19,7 +19,7 @@ import torch
 import fid
 from data import from_pixels
 from losses import LAMBDAS
-from sample import Sampler
+from sample import open_sampler, sampler_defaults
 from support import cli, parallel, pictures
 from support.checkpoint import write_checkpoint
 from support.draws import StepDraws, stream
@@ -29,7 +29,7 @@ from support.models import build, neighbours, set_precision
 
 LOG_EVERY = 10  # steps; a row is the mean over them
 BEST_BY = "fid"  # the score whose least value makes best.pt
-GRID, GRID_STEPS = 64, 100  # images in samples_STEP.png, and their steps (T where it is smaller)
+GRID = 64  # images in samples_STEP.png
 
 
 class Run:
@@ -253,8 +253,9 @@ class Run:
 
     def samples(self, n):
         """n images of the moving average, always from the same noise, as fid.sampled's batches."""
-        s = self.settings
-        sampler = Sampler(self.ema, s["image_size"], min(GRID_STEPS, s["T"]), s["seed"])
+        a = sampler_defaults()
+        a.seed = self.settings["seed"]
+        sampler = open_sampler(a, self.ema, self.settings)
         watch = None  # one rank must not leave while the others wait for it
         if parallel.size() == 1:
             watch = self.stop.check
