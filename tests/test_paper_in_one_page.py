@@ -184,6 +184,8 @@ def test_a_step_of_training_is_the_pages(tmp_path):
     page = copy.deepcopy(run.raw_model).double()
     averages = [average.double() for average in run.averages]
     ((x0, t, eps, _),) = run.draw()
+    for p in run.weights:
+        p.grad = torch.ones_like(p)  # as an earlier step would leave one
 
     train(run)
     optimizer = torch.optim.AdamW(page.parameters(), lr=0.1, eps=1.0, weight_decay=0.0)
