@@ -223,8 +223,11 @@ def parse_args(argv):
     text = "draw one image's way instead: x_t, x0*, x0' and r_t over the steps"
     p.add_argument("--trace", type=Path, metavar="FILE.png", help=text)
     where = p.add_argument_group("where")
-    text = "FILE.png: a grid; FILE.npz: arr_0 uint8 [N, H, W, 3]; else a folder of PNGs"
-    where.add_argument("--out", type=Path, default=Path("samples.png"), help=text)
+    text = (
+        "FILE.png: a grid; FILE.npz: arr_0 uint8 [N, H, W, 3]; else a folder of PNGs "
+        "(default: samples.png)"
+    )
+    where.add_argument("--out", type=Path, help=text)
     where.add_argument("--batch-size", type=cli.whole(1, 1_000_000), default=64)
     text = "bf16: the networks under autocast"
     where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
@@ -232,14 +235,17 @@ def parse_args(argv):
     for neighbour in neighbours():
         neighbour.sample_flags(p)
     a = p.parse_args(argv)
+    if a.out and a.trace:
+        p.error(f"--out {a.out} is for samples, and --trace draws none; leave one of them out")
+    for neighbour in neighbours():
+        neighbour.check_sample(p, a)
+    a.out = a.out or Path("samples.png")
     if a.out.suffix not in ("", ".png", ".npz"):
         p.error(f"--out {a.out}: expected FILE.png, FILE.npz or a folder's name without a dot")
     if a.trace and a.trace.suffix != ".png":
         p.error(f"--trace {a.trace}: expected FILE.png")
     if a.eta is not None and a.sampler != "ddim":
         p.error("--eta is DDIM's; leave it out, or leave --sampler out")
-    for neighbour in neighbours():
-        neighbour.check_sample(p, a)
     return a
 
 

@@ -214,11 +214,13 @@ def test_the_papers_scale_is_scored_by_fid_py(tmp_path, monkeypatch):
     for _ in range(2):
         assert experiment.score("images.npz") == {"FID": 6.4, "sFID": 4.87}
     made, first, second = calls
-    assert made.A == str(tmp_path / "reference.npz")
-    assert made.B is None
+    of, against = made.A, made.B
+    assert of == str(tmp_path / "reference.npz")
+    assert against is None
     assert made.save_stats != experiment.statistics()  # it appears when it is whole
-    assert first.A == "images.npz"
-    assert first.B == str(experiment.statistics())
+    of, against = first.A, first.B
+    assert of == "images.npz"
+    assert against == str(experiment.statistics())
     assert first.json
     assert first == second
 
