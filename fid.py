@@ -497,8 +497,10 @@ def main(argv=None):
             f"{a.save_stats.absolute().parent} does not exist; "
             "expected --save-stats in a folder that does; make it first"
         )
-    note = sys.stderr if a.json else sys.stdout
     device = parallel.begin(cli.open_device(a.device))
+    note = sys.stdout  # which begin() has closed to every rank but the first
+    if a.json and parallel.rank() == 0:
+        note = sys.stderr
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
     with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
     if a.precision_recall and len(with_images) < 2:

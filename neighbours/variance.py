@@ -142,8 +142,11 @@ def discretised_log_likelihood(x, mu, log_sigma):
     side away from the mean, so that a far bin is not lost to rounding; below 1e-12 it counts as
     that.
     """
-    edges = [(x - mu + edge) / log_sigma.exp() for edge in (-1 / 255, 1 / 255)]
-    low, high = (edge.clamp(-1e4, 1e4) / math.sqrt(2) for edge in edges)
+
+    def edge(offset):
+        return ((x - mu + offset) / log_sigma.exp()).clamp(-1e4, 1e4) / math.sqrt(2)
+
+    low, high = edge(-1 / 255), edge(1 / 255)
     low = torch.where(x < -0.999, torch.full_like(low, -math.inf), low)
     high = torch.where(x > 0.999, torch.full_like(high, math.inf), high)
     flip = low > 0  # the tail on the left is the exact one

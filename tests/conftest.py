@@ -1,4 +1,4 @@
-"""One thread, here and in the scripts that tests start, before any test loads torch.
+"""Before any test loads torch: one thread, here and in the scripts that tests start.
 
 The networks are tiny, and two threads that wait by spinning made the suite ten times slower beside
 any other busy process.

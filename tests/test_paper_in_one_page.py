@@ -112,53 +112,85 @@ def local_differences(x0_hat, x0):
     return (x0_hat - x0).diff(dim=-1).abs().mean((1, 2, 3))
 
 
-def small_casdm():
-    """A Cas-DM of random float64 weights, none of them zero."""
-    from refiner import build_model
-
+def without_zeros(model):
+    """The model, its zeros made random: at first they let no gradient pass."""
     torch.manual_seed(0)
-    model = build_model({"image_size": 16, "channels": 32, "res_blocks": 1}).double().eval()
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
     return model
 
 
-def test_the_projects_training_step_and_samples_are_those_of_the_page():
-    """Losses, gradients, the step of AdamW, the moving average, and 20 steps of DDIM."""
-    from diffusion import q_sample, respace
+def small_casdm():
+    """A Cas-DM of random float64 weights, and a draw of three numbers a pixel of three images."""
+    from refiner import build_model
+
+    torch.manual_seed(1)
+    model = build_model({"image_size": 16, "channels": 32, "res_blocks": 1})
+    return without_zeros(model.double()), torch.randn(3, 3, 3, 16, 16, dtype=torch.float64)
+
+
+def test_losses_and_gradients_are_the_pages():
+    """L_theta + L_phi at t = 1, 1700 and T, with a metric whose lambda is 0.1."""
+    from diffusion import q_sample
     from losses import LAMBDAS, Batch, objective, training_losses
     from metrics import OnX0
+
+    model, (x0, eps, _) = small_casdm()
+    x0, t = x0.clamp(-1, 1), torch.tensor([1, 1700, T])
+    weights = list(model.parameters())
+    L_theta, L_phi = losses(model.theta, model.phi, local_differences, x0, t.view(3, 1, 1, 1), eps)
+    expected = torch.autograd.grad(L_theta + L_phi, weights)
+
+    batch = Batch(x0, t, eps, q_sample(x0, t, eps, model.schedule))
+    found = training_losses(model, batch, {"metric": OnX0(local_differences)})
+    loss = objective(found, LAMBDAS | {"metric": 0.1}, batch)["loss"]
+    torch.testing.assert_close(loss, L_theta + L_phi)
+    for ours, theirs in zip(torch.autograd.grad(loss, weights), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+
+
+def test_samples_are_the_pages():
+    """Ten steps of DDIM from the same noise."""
+    from diffusion import respace
     from sample import Ddim
     from sample import sample as project_sample
 
-    ours, page = small_casdm(), small_casdm()
-    draw = torch.Generator().manual_seed(1)
-    x0 = torch.rand(3, 3, 16, 16, generator=draw, dtype=torch.float64) * 2 - 1
-    eps, x_T = torch.randn(2, 3, 3, 16, 16, generator=draw, dtype=torch.float64)
-    t = torch.tensor([1, 1700, 4000])
-
-    optimizer = torch.optim.AdamW(page.parameters(), lr=1e-4, weight_decay=0.0)
-    averages = [p.detach().clone() for p in page.parameters()]
-    training_step(
-        page.theta,
-        page.phi,
-        local_differences,
-        optimizer,
-        averages,
-        0.1,
-        x0,
-        t[:, None, None, None],
-        eps,
-    )
-
-    batch = Batch(x0, t, eps, q_sample(x0, t, eps, ours.schedule))
-    found = training_losses(ours, batch, {"metric": OnX0(local_differences)})
-    objective(found, LAMBDAS | {"metric": 0.1}, batch)["loss"].backward()
-    for p, q in zip(ours.parameters(), page.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-12)
-
-    chain = respace(ours.schedule, 20)
-    expected = sample(copy.deepcopy(page).theta, page.phi, x_T, 20)
-    got = project_sample(page, x_T, chain, Ddim())
+    model, (_, _, x_T) = small_casdm()
+    expected = sample(model.theta, model.phi, x_T, 10)
+    got = project_sample(model, x_T, respace(model.schedule, 10), Ddim())
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_a_step_of_training_is_the_pages(tmp_path):
+    """The weights and their moving average after a step of train.py, and after one of the page's.
+
+    The page computes in float64.  AdamW's eps is 1 in both: where it is tiny the first step is the
+    sign of the gradient, which rounding may turn.
+    """
+    from metrics import OnX0
+    from support import cli
+    from support.run import Run
+    from support.settings import load_inputs, parse_args
+    from train import train
+
+    small = "--T 4000 --channels 32 --batch-size 4 --iterations 1 --sample-every 0"
+    s, _ = parse_args("", small.split())
+    images, _, _ = load_inputs(s)
+    metrics = {"metric": (0.1, OnX0(local_differences))}
+    run = Run(s, tmp_path, torch.device("cpu"), images, metrics, cli.Stop())
+    without_zeros(run.raw_model)
+    run.optimizer.param_groups[0].update(lr=0.1, eps=1.0)
+    page = copy.deepcopy(run.raw_model).double()
+    averages = [average.double() for average in run.averages]
+    ((x0, t, eps, _),) = run.draw()
+
+    train(run)
+    optimizer = torch.optim.AdamW(page.parameters(), lr=0.1, eps=1.0, weight_decay=0.0)
+    theirs = page.theta, page.phi, local_differences, optimizer, averages
+    training_step(*theirs, 0.1, x0.double(), t.view(4, 1, 1, 1), eps.double())
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for ours, expected in zip(run.weights, page.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), expected, **close)
+    for ours, expected in zip(run.averages, averages, strict=True):
+        torch.testing.assert_close(ours.double(), expected, **close)

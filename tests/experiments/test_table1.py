@@ -1,4 +1,5 @@
-"""table1.py: its runs are made once, go on after a kill, and its table is the arithmetic of their lines."""
+"""table1.py: runs are made once, go on after a kill; the table is the arithmetic of their lines."""
+
 import json
 import signal
 import subprocess
@@ -11,160 +12,190 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import edges
 import fid
-from experiments import table1
-import train
-from experiments import variants
+from experiments import table1, variants
+from experiments.table1 import Row
 from refiner import build_model
-from sample import read_checkpoint
+from support import cli
+from support.checkpoint import read_checkpoint
+from support.settings import parse_args
 
+ROOT = Path(__file__).parents[2]
 SCORER = """
 import json, sys, numpy as np
 images = np.load(sys.argv[1])["arr_0"]
+stats = sys.argv[sys.argv.index("--stats") + 1]
 if "--make-stats" in sys.argv:
-    np.savez(sys.argv[sys.argv.index("--stats") + 1], n=len(images))
+    np.savez(stats, n=len(images))
 else:
-    assert np.load(sys.argv[sys.argv.index("--stats") + 1])["n"] == 8
-    print(json.dumps({"n": len(images), "FID-768": float(images.mean()), "sFID": float(images.std())}))
+    assert np.load(stats)["n"] == 8
+    print(json.dumps({"n": 4, "FID-768": float(images.mean()), "sFID": float(images.std())}))
+"""
+SMALL = table1.Preset(
+    16, "--channels 32 --res-blocks 1 --batch-size 2", 2, "--res-blocks 2", samples=4, reference=8
+)
+
+
+class Work:
+    """A folder for tiny runs on shapes, their lines, and a scorer of the mean and deviation."""
+
+    def __init__(self, folder):
+        self.folder, self.lines, self.scorer = folder, folder / "lines.jsonl", folder / "score.py"
+        self.scorer.write_text(SCORER)
+
+    def argv(self, *more):
+        places = ["--work", self.folder, "--results", self.lines, "--scorer", self.scorer]
+        return list(map(str, ["--data", "shapes", *places, *more]))
+
+    def found(self):
+        """{(row, seed): line}"""
+        lines = map(json.loads, self.lines.read_text().splitlines())
+        return {(line["row"], line["seed"]): line for line in lines}
+
+
+@pytest.fixture
+def work(tmp_path):
+    return Work(tmp_path)
+
+
+def line(row, seed=0, **scores):
+    return {"row": row, "seed": seed, "metric": "lpips", "n": 4, "commit": "c"} | scores
+
+
+# ---- the runs ----
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Rows of each kind: a judge, what it judges, sizes, a variant, images, and a longer run."""
+    steps = (10, 5)
+    rows = {
+        ("a", "DDPM (eps)"): Row("--model ddpm", steps=steps),
+        ("b", "self-perceptual"): Row("--model casdm --self-perceptual JUDGE=0.1", steps=steps),
+        ("b", "matched"): Row("--model ddpm MATCHED", steps=steps),
+        ("b", "clamp"): Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
+        ("b", table1.REAL): Row(steps=()),
+        ("b", "long"): Row("--model ddpm", weights="DDPM (eps)", share=2, steps=(5,)),
+    }
+    monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
+    monkeypatch.setattr(table1, "ROWS", rows)
+    monkeypatch.setattr(table1, "STEPS", steps)
+    monkeypatch.setattr(table1, "PAIRS", [])
+    monkeypatch.setattr(table1, "CURVES", ())
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_go_on_where_they_were(work, few_rows, capsys):
+    """Two seeds; a run killed before its first checkpoint starts anew, a lost line trains none."""
+    (work.folder / "ddpm-eps-0").mkdir()
+    (work.folder / "ddpm-eps-0/log.jsonl").touch()
+    assert cli.run(table1.main, work.argv("--seeds", 2, "--group", "a")) == 0
+    zero, one = work.lines.read_text().splitlines()
+    assert list(work.found()) == [("DDPM (eps)", 0), ("DDPM (eps)", 1)]
+
+    work.lines.write_text(zero + "\n")
+    checkpoint = work.folder / "ddpm-eps-1/checkpoint.pt"
+    before = checkpoint.stat().st_mtime_ns
+    assert cli.run(table1.main, work.argv("--seeds", 2, "--group", "all", "--jobs", 3)) == 0
+    assert checkpoint.stat().st_mtime_ns == before
+    found = work.found()
+    assert len(found) == 12
+    assert found["DDPM (eps)", 1]["10"] == json.loads(one)["10"]
+    assert "| DDPM (eps) | 2 |" in capsys.readouterr().out
+
+    assert "--seed 1" in found["DDPM (eps)", 1]["flags"]
+    assert "--res-blocks 2" in found["matched", 0]["flags"]
+    assert "ddpm-eps-1" in found["self-perceptual", 1]["flags"]
+    assert "--iterations 4" in found["long", 1]["flags"]
+
+    assert found["clamp", 0]["variant"] == "clamp-mixed"  # it samples what another row trained
+    assert {"20"} == {key for key in found["clamp", 0] if key.isdigit()}
+    assert not (work.folder / "clamp-0/checkpoint.pt").exists()
+
+    assert "step 2 of 4" in (work.folder / "output.log").read_text()  # where the row's run ends
+    assert read_checkpoint(checkpoint)["step"] == 2
+    assert read_checkpoint(work.folder / "long-1/checkpoint.pt")["step"] == 4
+
+    zero, one = (
+        np.load(work.folder / f"training-images-{seed}/real.npz")["arr_0"] for seed in (0, 1)
+    )
+    assert len(zero) == 4
+    assert not np.array_equal(zero, one)
+    assert found[table1.REAL, 1]["10"]["FID-768"] == one.mean()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from experiments import table1
+from support import cli
+flags = "--channels 32 --res-blocks 1 --batch-size 2"
+table1.PRESETS = {"cpu": table1.Preset(16, flags, 100000, "", 4, 8)}
+sys.exit(cli.run(table1.main))
 """
 
 
-SMALL = table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 2, "--res-blocks 2", 4, 8)
-
-
 @pytest.mark.slow
-def test_runs_are_made_once_and_go_on_where_they_were(tmp_path, monkeypatch, capsys):
-    """Two rows and two seeds, one of them a judge of another; a lost line costs no training."""
-    (tmp_path / "score.py").write_text(SCORER)
-    monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
-    monkeypatch.setattr(table1, "ROWS", {("a", "DDPM (eps)"): table1.Row("--model ddpm", steps=(10, 5)),
-                                         ("b", "self-perceptual"): table1.Row("--model casdm --self-perceptual JUDGE=0.1", steps=(10, 5)),
-                                         ("b", "matched"): table1.Row("--model ddpm MATCHED", steps=(10, 5)),
-                                         ("b", "clamp"): table1.Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
-                                         ("b", table1.REAL): table1.Row(steps=()), ("b", "long"): table1.Row("--model ddpm", weights="DDPM (eps)", share=2, steps=(5,))})
-    monkeypatch.setattr(table1, "STEPS", (10, 5))
-    monkeypatch.setattr(table1, "PAIRS", [])
-    monkeypatch.setattr(table1, "CURVES", ())
-    how = ["--data", "shapes", "--seeds", "2", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]
-    (tmp_path / "work/ddpm-eps-0").mkdir(parents=True)
-    (tmp_path / "work/ddpm-eps-0/log.jsonl").touch()        # killed before its first checkpoint
-    assert edges.run(table1.main, [*how, "--group", "a"]) == 0
-    lines = (tmp_path / "lines.jsonl").read_text().splitlines()
-    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
-    (tmp_path / "lines.jsonl").write_text(lines[0] + "\n")
-    checkpoint = tmp_path / "work/ddpm-eps-1/checkpoint.pt"
-    before = checkpoint.stat().st_mtime_ns
-    assert edges.run(table1.main, [*how, "--group", "all", "--jobs", "3"]) == 0
-    assert checkpoint.stat().st_mtime_ns == before
-    found = {(line["row"], line["seed"]): line for line in map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())}
-    assert len(found) == 12 and found["DDPM (eps)", 1]["10"] == json.loads(lines[1])["10"] and "--seed 1" in found["DDPM (eps)", 1]["flags"]
-    assert "--res-blocks 2" in found["matched", 0]["flags"] and "ddpm-eps-1" in found["self-perceptual", 1]["flags"]
-    assert "20" in found["clamp", 0] and "5" not in found["clamp", 0]
-    assert "step 2 of 4" in (tmp_path / "work/output.log").read_text() and "--iterations 4" in found["long", 1]["flags"]
-    assert [read_checkpoint(tmp_path / f"work/{run}/checkpoint.pt")["step"] for run in ("ddpm-eps-1", "long-1")] == [2, 4]
-    real = [np.load(tmp_path / f"work/training-images-{seed}/real.npz")["arr_0"] for seed in (0, 1)]
-    assert len(real[0]) == 4 and not np.array_equal(*real) and found[table1.REAL, 1]["10"]["FID-768"] == real[1].mean()
-    assert found["clamp", 0]["variant"] == "clamp-mixed" and not (tmp_path / "work/clamp-0/checkpoint.pt").exists()
-    assert "| DDPM (eps) | 2 |" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, tmp_path):
-    """It reaches the two trainings, which save; where table1.py itself is killed they end too, saved or not."""
-    (tmp_path / "score.py").write_text(SCORER)
-    script = f"""if True:
-        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from support import edges, table1
-        table1.PRESETS = {{"cpu": table1.Preset(16, "--channels 32 --res-blocks 1 --batch-size 2", 100000, "", 4, 8)}}
-        sys.exit(edges.run(table1.main, ["--data", "shapes", "--jobs", "2", "--work", {str(tmp_path)!r}, "--results", {str(tmp_path / "lines.jsonl")!r}, "--scorer", {str(tmp_path / "score.py")!r}]))
-    """
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's background jobs start with Ctrl-C ignored
-    logs = [tmp_path / row / "log.jsonl" for row in ("ddpm-eps-0", "ddpm-x0-0")]
+@pytest.mark.parametrize(
+    "sent, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, work):
+    """It reaches the two trainings, which save; where table1.py itself is killed they end too."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, ROOT, *work.argv("--jobs", 2)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=with_ctrl_c,
+    )
+    runs = [work.folder / row for row in ("ddpm-eps-0", "ddpm-x0-0")]
+    end = time.monotonic() + 300
     try:
-        end = time.monotonic() + 240
-        while not all(log.exists() for log in logs):
-            assert time.monotonic() < end and process.poll() is None
+        while not all((run / "log.jsonl").exists() for run in runs):
+            assert time.monotonic() < end
+            assert process.poll() is None
             time.sleep(0.1)
     finally:
         process.send_signal(sent)
     said = process.communicate(timeout=120)[1]
-    assert process.returncode == code and said.endswith("interrupted\n") == (code == 130) and "Traceback" not in said
-    while any(str(tmp_path).encode() in words for words in map(command_line, Path("/proc").glob("[0-9]*"))):
+    assert process.returncode == code
+    assert "Traceback" not in said
+    while any(str(work.folder).encode() in words for words in command_lines()):
         assert time.monotonic() < end
         time.sleep(0.1)
-    assert not (tmp_path / "lines.jsonl").exists()
+    assert not work.lines.exists()
     if code == 130:
-        assert [0 < read_checkpoint(log.with_name("checkpoint.pt"))["step"] < 100000 for log in logs] == [True, True]
+        assert said.endswith("interrupted\n")
+        for run in runs:
+            assert 0 < read_checkpoint(run / "checkpoint.pt")["step"] < 100000
 
 
-def command_line(process):
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
+def with_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start without it
 
 
-def test_every_rows_flags_mean_something_to_train(tmp_path, monkeypatch):
-    """Each row at each scale, with the metric named, the sizes matched, and the judge's place filled in."""
-    for preset in ("cpu", "paper"):
-        experiment = table1.Experiment(preset, tmp_path)
-        monkeypatch.setattr(experiment, "train", lambda row, seed: experiment.place(row, seed) / "checkpoint.pt")
-        for row, how in experiment.rows.items():
-            assert how.variant in ("", *variants.VARIANTS)
-            if how.flags:
-                s, _ = train.parse_args(["--data", "cifar10", "--image-size", str(experiment.preset.image_size), *experiment.flags(row, 2)])
-                assert s["seed"] == 2 and s["iterations"] == experiment.preset.iterations * how.share
-                assert set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
-                assert not how.weights or how.flags == experiment.rows[how.weights].flags       # going on with another run's checkpoint is that run, longer
+def command_lines():
+    """Of every process; one that ends meanwhile has none."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            found.append((process / "cmdline").read_bytes())
+        except OSError:
+            continue
+    return found
 
 
-def test_one_network_is_matched_to_cas_dms_two():
-    """The size-matched rows have Cas-DM's parameters and operations to 4 %."""
-    for preset in (table1.PRESETS["cpu"], table1.PRESETS["paper"]):
-        sizes = {}
-        for model, more in (("casdm", ""), ("ddpm", preset.matched), ("dual", preset.matched)):
-            s, _ = train.parse_args(f"--data cifar10 --image-size {preset.image_size} --model {model} {preset.flags} {more}".split())
-            with torch.device("meta"):
-                nets = list(build_model(s).children())
-                with FlopCounterMode(display=False) as counter:
-                    for net in nets:
-                        net(torch.empty(1, 3, *[preset.image_size] * 2), torch.zeros(1))
-            sizes[model] = sum(p.numel() for net in nets for p in net.parameters()), counter.get_total_flops()
-        assert all(abs(mine / theirs - 1) < 0.04 for model in ("ddpm", "dual") for mine, theirs in zip(sizes[model], sizes["casdm"]))
+def test_a_scorer_that_cannot_work_stops_the_runs_before_the_first_ends(work, capsys):
+    """Its statistics come first."""
+    work.scorer.write_text("raise SystemExit(1)")
+    assert cli.run(table1.main, work.argv()) == 1
+    assert "score.py" in capsys.readouterr().err
+    assert not list(work.folder.glob("*/checkpoint.pt"))
 
 
-def test_table_1_comes_first_and_everything_goes_seed_by_seed(tmp_path):
-    wanted = table1.Experiment("cpu", tmp_path, tmp_path / "lines.jsonl").wanted("all", 3)
-    assert [row for row, _ in wanted[:8]] == [*list(table1.PAPER)[:7], table1.REAL] and [seed for _, seed in wanted[:24]] == [0] * 8 + [1] * 8 + [2] * 8
-    rest = [seed for _, seed in wanted[24:]]
-    assert rest == sorted(rest) and len(set(wanted)) == len(wanted) == 3 * len(table1.ROWS)
-
-
-def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys):
-    def line(row, seed, fid):
-        return {"row": row, "seed": seed, "metric": "lpips", "n": 4, "commit": "c", "100": {"FID-768": fid, "sFID": 1.0}, "10": {"FID-768": 0.0, "sFID": 0.0}}
-    table1.table([line("Dual", 0, 1.0), line("Dual", 1, 3.0), line("Dual + metric", 1, 2.5), line("Dual + metric", 2, 9.0)])
-    said = capsys.readouterr().out
-    assert "| Dual | 2 | 2.000 ± 1.000 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.00 ± 0.00 | 6.52, 4.60 |" in said
-    assert "| Dual + metric - Dual | 1 | -0.500 | +0.00 | +0.000 | +0.00 | -0.87, +0.29 |" in said
-
-
-def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(capsys):
-    """Its weights with other steps, and its flags with other iterations; not its weights or flags under a variant."""
-    def line(row, fid, *steps):
-        return {"row": row, "seed": 0, "metric": "lpips", "n": 4, "commit": "c"} | {str(n): {"FID-768": fid + n, "sFID": 0.0} for n in steps}
-    lines = [line("Cas-DM", 0.25, 100, 10), line("Cas-DM", 0.75, 100, 10), line("Cas-DM, other steps", 0, 50, 20, 5), line("Cas-DM, 0.5 x the iterations", 0.125, 10),
-             line("r_t = 1 in sampling", 9, 100, 10), line("moving average without ramp", 9, 100, 10), line("Dual", 9, 100, 10)]
-    table1.table([*lines, line("Cas-DM + metric", 0.5, 100, 10)])
-    assert capsys.readouterr().out.endswith("""
-| FID-768 | 5 steps | 10 steps | 20 steps | 50 steps | 100 steps | 10 steps, 0.5 x the iterations |
-| --- | --- | --- | --- | --- | --- | --- |
-| Cas-DM | 5.000 | 10.500 ± 0.250 | 20.000 | 50.000 | 100.500 ± 0.250 | 10.125 |
-| Cas-DM + metric |  | 10.500 |  |  | 100.500 |  |
-""")
+def test_a_scorer_that_is_not_there_is_one_line(work, capsys):
+    work.scorer.unlink()
+    assert cli.run(table1.main, work.argv()) == 1
+    assert "score.py does not exist" in capsys.readouterr().err
 
 
 def test_the_papers_scale_is_scored_by_fid_py(tmp_path, monkeypatch):
@@ -173,32 +204,133 @@ def test_the_papers_scale_is_scored_by_fid_py(tmp_path, monkeypatch):
 
     def call(program, *arguments, capture=False):
         assert program == Path(fid.__file__)
-        calls.append(fid.parse_args([str(word) for word in arguments]))
-        if calls[-1].save_stats:
+        calls.append(fid.parse_args(list(map(str, arguments))))
+        if not capture:
             calls[-1].save_stats.touch()
-        return '{"fid": 6.4, "sfid": 4.87, "is": 9.1, "n_a": 50000}' if capture else None
+        return '{"fid": 6.4, "sfid": 4.87, "is": 9.1, "n_a": 50000}'
 
     monkeypatch.setattr(experiment.programs, "call", call)
     monkeypatch.setattr(experiment, "save_real", lambda path, first, n: None)
-    assert experiment.score("images.npz") == experiment.score("images.npz") == {"FID": 6.4, "sFID": 4.87}
+    for _ in range(2):
+        assert experiment.score("images.npz") == {"FID": 6.4, "sFID": 4.87}
     made, first, second = calls
-    assert made.A == str(tmp_path / "reference.npz") and made.B is None and first == second and first.json and first.A == "images.npz"
-    assert first.B == str(experiment.statistics()) and Path(first.B).exists() and made.save_stats != Path(first.B)
+    of, against = made.A, made.B
+    assert of == str(tmp_path / "reference.npz")
+    assert against is None
+    assert made.save_stats != experiment.statistics()  # it appears when it is whole
+    of, against = first.A, first.B
+    assert of == "images.npz"
+    assert against == str(experiment.statistics())
+    assert first.json
+    assert first == second
 
 
-def test_a_scorer_that_cannot_work_stops_the_runs_before_the_first_ends(tmp_path, monkeypatch, capsys):
-    """Its statistics come first."""
-    (tmp_path / "score.py").write_text("raise SystemExit(1)")
-    monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
-    assert edges.run(table1.main, ["--data", "shapes", "--work", str(tmp_path), "--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "score.py")]) == 1
-    assert "score.py" in capsys.readouterr().err and not list(tmp_path.glob("*/checkpoint.pt"))
+# ---- the rows ----
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch):
+    """With the metric named, the sizes matched, and the judge's place filled in."""
+    experiment = table1.Experiment(preset, tmp_path)
+    judge = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(experiment, "train", lambda row, seed: judge)
+    size = str(experiment.preset.image_size)
+    for row, how in experiment.rows.items():
+        assert how.variant in ("", *variants.VARIANTS)
+        if not how.flags:
+            continue
+        flags = experiment.flags(row, 2)
+        s, _ = parse_args("", ["--data", "cifar10", "--image-size", size, *flags])
+        assert s["seed"] == 2
+        assert s["iterations"] == experiment.preset.iterations * how.share
+        assert set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
+        if how.weights:  # to go on with another run's checkpoint is that run, longer
+            assert how.flags == experiment.rows[how.weights].flags
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_one_network_is_matched_to_cas_dms_two(preset):
+    """The size-matched rows have Cas-DM's parameters and operations to 4 %."""
+    preset = table1.PRESETS[preset]
+    casdm = size_of("casdm", preset, preset.flags)
+    for model in ("ddpm", "dual"):
+        matched = size_of(model, preset, f"{preset.flags} {preset.matched}")
+        assert matched == pytest.approx(casdm, rel=0.04)
+
+
+def size_of(model, preset, flags):
+    """(parameters, operations) of a model's networks."""
+    where = ["--data", "cifar10", "--image-size", str(preset.image_size)]
+    s, _ = parse_args("", [*where, "--model", model, *flags.split()])
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_model(s)
+        for network in model.children():
+            x = torch.empty(1, 3, preset.image_size, preset.image_size)
+            network.decode(*network.encode(x, torch.zeros(1)))  # `forward` asks for a device
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def test_table_1_comes_first_and_everything_goes_seed_by_seed(work):
+    wanted = table1.Experiment("cpu", work.folder, work.lines).wanted("all", 3)
+    first, rest = wanted[:24], wanted[24:]
+    rows = [*list(table1.PAPER)[:7], table1.REAL]
+    assert first == [(row, seed) for seed in range(3) for row in rows]
+    assert [seed for _, seed in rest] == sorted(seed for _, seed in rest)
+    assert len(set(wanted)) == len(wanted) == 3 * len(table1.ROWS)
+
+
+# ---- the tables ----
+
+
+def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys):
+    def scored(row, seed, value):
+        ten = {"FID-768": 0.0, "sFID": 0.0}
+        return line(row, seed, **{"100": {"FID-768": value, "sFID": 1.0}, "10": ten})
+
+    table1.table(
+        [
+            scored("Dual", 0, 1.0),
+            scored("Dual", 1, 3.0),
+            scored("Dual + metric", 1, 2.5),
+            scored("Dual + metric", 2, 9.0),
+        ]
+    )
+    said = capsys.readouterr().out.splitlines()
+    row = "| Dual | 2 | 2.000 ± 1.000 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.00 ± 0.00 | 6.52, 4.60 |"
+    assert row in said
+    difference = "| Dual + metric - Dual | 1 | -0.500 | +0.00 | +0.000 | +0.00 | -0.87, +0.29 |"
+    assert difference in said
+
+
+def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(capsys):
+    """Other steps, and other iterations of equal flags; nothing under a variant."""
+
+    def scored(row, value, *steps):
+        return line(row, **{str(n): {"FID-768": value + n, "sFID": 0.0} for n in steps})
+
+    table1.table(
+        [
+            scored("Cas-DM", 0.25, 100, 10),
+            scored("Cas-DM", 0.75, 100, 10),
+            scored("Cas-DM, other steps", 0, 50, 20, 5),
+            scored("Cas-DM, 0.5 x the iterations", 0.125, 10),
+            scored("Cas-DM + metric", 0.5, 100, 10),
+            scored("r_t = 1 in sampling", 9, 100, 10),
+            scored("moving average without ramp", 9, 100, 10),
+            scored("Dual", 9, 100, 10),
+        ]
+    )
+    curves = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    names = "5 steps | 10 steps | 20 steps | 50 steps | 100 steps | 10 steps, 0.5 x the iterations"
+    assert curves == [
+        f"| FID-768 | {names} |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| Cas-DM | 5.000 | 10.500 ± 0.250 | 20.000 | 50.000 | 100.500 ± 0.250 | 10.125 |",
+        "| Cas-DM + metric |  | 10.500 |  |  | 100.500 |  |",
+    ]
 
 
 def test_lines_of_two_scorers_are_not_one_table():
+    lines = [line("Dual", **{"100": {score: 1.0, "sFID": 1.0}}) for score in ("FID", "FID-768")]
     with pytest.raises(ValueError, match="FID, sFID and FID-768, sFID; expected one scorer's"):
-        table1.scores_of([{"row": "Dual", "100": {score: 1.0, "sFID": 1.0}} for score in ("FID", "FID-768")])
-
-
-def test_a_scorer_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert edges.run(table1.main, ["--results", str(tmp_path / "lines.jsonl"), "--scorer", str(tmp_path / "nowhere.py")]) == 1
-    assert "nowhere.py does not exist" in capsys.readouterr().err
+        table1.scores_of(lines)

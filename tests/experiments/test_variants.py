@@ -1,104 +1,222 @@
 """variants.py: each variant differs from our choice by what its name says, and by nothing else."""
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from support import edges
-import refiner
+from diffusion import (
+    Estimates,
+    Prediction,
+    clean_estimates,
+    cosine_schedule,
+    eps_from_x0,
+    mix,
+    mu_from_x0,
+    q_sample,
+    respace,
+)
 from experiments import variants
-from diffusion import Prediction, clean_estimates, cosine_schedule, eps_from_x0, mix, mu_from_x0, respace
-from losses import SelfPerceptual, mu_loss, training_losses
-from sample import p_sample
-from test_sample import small_casdm
+from losses import Batch, mu_loss
+from neighbours.perceptual import SelfPerceptual
+from refiner import DEFAULTS, CasDM
+from sample import Ddim
+from support import cli
+from support.checkpoint import read_checkpoint
 
 SCHEDULE = cosine_schedule()
+SMALL = DEFAULTS | {"image_size": 16, "channels": 32, "res_blocks": 1}
 
 
-def drawn(n, seed=0):
+def small(kind):
+    """A Cas-DM of the given class; its random weights are always the same, none of them zero."""
+    torch.manual_seed(0)
+    model = kind(SMALL)
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+def says(kind):
+    """What a model of the class says about two noisy images."""
+    x_t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return small(kind)(x_t, torch.tensor([3, 3900]))
+
+
+def normal(n, seed):
     generator = torch.Generator().manual_seed(seed)
-    x0, x_t, eps_hat, x0_hat = torch.randn(4, n, 3, 4, 4, generator=generator, dtype=torch.float64)
-    return x0, x_t, Prediction(eps_hat, x0_hat, torch.rand(n, 1, 4, 4, generator=generator, dtype=torch.float64))
+    return torch.randn(n, 3, 4, 4, generator=generator, dtype=torch.float64)
 
 
-def test_the_cascade_without_arguments_is_casdms_own():
-    model, x_t, t = small_casdm(), torch.randn(2, 3, 16, 16), torch.tensor([3, 3900])
-    for got, expected in zip(variants.cascade()(model, x_t, t)[:3], model(x_t, t)):
-        assert torch.equal(got, expected)
+def gate(n):
+    generator = torch.Generator().manual_seed(9)
+    return torch.rand(n, 1, 4, 4, generator=generator, dtype=torch.float64)
 
 
-def test_each_cascade_changes_its_part_alone():
-    """Unclamped: x0' and r_t where x0* leaves [-1, 1]; free: r_t is the logit of ours, x0' is ours."""
-    model, x_t, t = small_casdm(), torch.randn(2, 3, 16, 16), torch.tensor([3, 3900])
-    ours = model(x_t, t)
-    open_, free = (variants.VARIANTS[name][0][2](model, x_t, t) for name in ("phi-unclamped", "r-free"))
-    assert torch.equal(open_.eps_hat, ours.eps_hat) and not torch.equal(open_.x0_hat, ours.x0_hat)
-    assert torch.equal(free.x0_hat, ours.x0_hat)
-    assert_close(free.r_t.sigmoid(), ours.r_t)
-    one = variants.VARIANTS["r-one"][0][2](model, x_t, t)
-    assert torch.equal(one.x0_hat, ours.x0_hat) and (one.r_t == 1).all() and one.r_t.shape == ours.r_t.shape
+def batch_of(n, t):
+    """n images of a training step, -1..1."""
+    x0, eps = normal(n, 0).clamp(-1, 1), normal(n, 1)
+    return Batch(x0, t, eps, q_sample(x0, t, eps, SCHEDULE))
 
 
-def test_clamping_the_mix_is_ours_where_nothing_is_clamped_and_ends_in_range():
-    chain = respace(SCHEDULE, 100)
-    x0, x_t, pred = drawn(100)
-    t = torch.arange(1, 101)
-    small = [0.2 * x.clamp(-1, 1) for x in (x0, pred.x0_hat)]
-    assert_close(variants.clamp_mixed(x_t, t, *small, pred.r_t, chain), p_sample(x_t, t, *small, pred.r_t, chain), rtol=1e-9, atol=1e-9)
-    first = torch.ones(100, dtype=torch.int64)
-    wide = variants.unclamped(x_t, first, pred, chain)
-    assert_close(variants.clamp_mixed(x_t, first, *wide, pred.r_t, chain), mix(wide[1], wide[0], pred.r_t).clamp(-1, 1))
-    assert torch.equal(clean_estimates(x_t, first, pred, chain)[1], wide[1].clamp(-1, 1))
+# ---- figure 1 ----
 
 
-def test_scaled_mu_loss_is_l_mu_over_coef1_squared_where_nothing_is_clamped_and_never_explodes():
-    """|| x0 - (r_t x0' + (1 - r_t) x0*) ||^2 at every t; r_t alone has a gradient (Cas-DM Eqs. 7, 11, 12)."""
-    x0, x_t, pred = drawn(40)
+def test_the_cascade_as_it_stands_is_casdms_own():
+    ours, theirs = says(CasDM), says(variants.Cascade)
+    assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+
+
+def test_unclamped_phi_says_something_else_of_the_same_eps():
+    ours, theirs = says(CasDM), says(variants.PhiUnclamped)
+    assert torch.equal(theirs.eps_hat, ours.eps_hat)
+    assert not torch.equal(theirs.x0_hat, ours.x0_hat)
+
+
+def test_a_free_gate_is_the_logit_of_ours():
+    ours, theirs = says(CasDM), says(variants.FreeGate)
+    assert torch.equal(theirs.x0_hat, ours.x0_hat)
+    assert_close(theirs.r_t.sigmoid(), ours.r_t)
+
+
+def test_a_gate_of_one_is_one_everywhere():
+    ours, theirs = says(CasDM), says(variants.GateOfOne)
+    assert torch.equal(theirs.x0_hat, ours.x0_hat)
+    assert torch.equal(theirs.r_t, torch.ones_like(ours.r_t))
+
+
+# ---- sampling ----
+
+
+def test_clamping_the_mix_is_ours_where_nothing_is_clamped():
+    chain, t, x_t = respace(SCHEDULE, 100), torch.arange(1, 101), normal(100, 0)
+    x0_star, x0_hat = (0.2 * normal(100, seed).clamp(-1, 1) for seed in (1, 2))
+    estimates = Estimates(x0_star, x0_hat, gate(100))
+    theirs = variants.clamp_mixed(None, x_t, t, estimates, chain)
+    assert_close(theirs, Ddim()(x_t, t, estimates, chain), rtol=1e-9, atol=1e-9)
+
+
+def test_the_mix_of_unclamped_estimates_ends_in_range():
+    """At t = 1 a step is its clean image."""
+    chain, t, x_t = respace(SCHEDULE, 100), torch.ones(100, dtype=torch.int64), normal(100, 0)
+    pred = Prediction(normal(100, 1), normal(100, 2), gate(100))
+    wide = variants.unclamped(x_t, t, pred, chain)
+    found = variants.clamp_mixed(None, x_t, t, wide, chain)
+    assert_close(found, mix(wide.x0_hat, wide.x0_star, wide.r_t).clamp(-1, 1))
+    ours = clean_estimates(x_t, t, pred, chain)
+    assert torch.equal(ours.x0_star, wide.x0_star.clamp(-1, 1))
+    assert torch.equal(ours.x0_hat, wide.x0_hat.clamp(-1, 1))
+
+
+# ---- training ----
+
+
+def test_scaled_mu_loss_is_l_mu_over_coef1_squared_where_nothing_is_clamped():
+    """At every t; coef1 is x0's in mu~_t (Cas-DM Eqs. 7, 12)."""
     t = torch.arange(1, 4001, 100)
-    small = [0.2 * x.clamp(-1, 1) for x in (pred.eps_hat, pred.x0_hat)]
-    inside = Prediction(eps_from_x0(x_t, t, small[0], SCHEDULE), small[1], pred.r_t)
-    coef1 = mu_from_x0(torch.zeros_like(x0), t, torch.ones_like(x0), SCHEDULE)[:, 0, 0, 0]
-    assert_close(variants.scaled_mu_loss(inside, x0, x_t, t, SCHEDULE), mu_loss(inside, x0, x_t, t, SCHEDULE) / coef1 ** 2, rtol=1e-6, atol=0)
-    leaves = [p.requires_grad_() for p in pred[:3]]
-    loss = variants.scaled_mu_loss(pred, x0.clamp(-1, 1), x_t, t, SCHEDULE)
-    assert loss.max() <= 4
+    batch = batch_of(40, t)
+    x0_star, x0_hat = (0.2 * normal(40, seed).clamp(-1, 1) for seed in (2, 3))
+    pred = Prediction(eps_from_x0(batch.x_t, t, x0_star, SCHEDULE), x0_hat, gate(40))
+    zero, one = torch.zeros_like(batch.x0), torch.ones_like(batch.x0)
+    coef1 = mu_from_x0(zero, t, one, SCHEDULE)[:, 0, 0, 0]
+    expected = mu_loss(pred, batch, SCHEDULE) / coef1**2
+    assert_close(variants.scaled_mu_loss(pred, batch, SCHEDULE), expected, rtol=1e-6, atol=0)
+
+
+def test_scaled_mu_loss_never_explodes_and_trains_r_t_alone():
+    pred = Prediction(normal(40, 2), normal(40, 3), gate(40))
+    for part in pred[:3]:
+        part.requires_grad_()
+    loss = variants.scaled_mu_loss(pred, batch_of(40, torch.arange(1, 4001, 100)), SCHEDULE)
+    assert loss.max() <= 4  # (1 - -1)^2
     loss.sum().backward()
-    assert [leaf.grad is not None for leaf in leaves] == [False, False, True]
+    assert pred.r_t.grad.any()
+    assert pred.eps_hat.grad is None
+    assert pred.x0_hat.grad is None
 
 
 def test_without_a_ramp_the_first_average_is_nearly_the_start():
     class Run:
-        settings, averages, weights = {"ema": 0.9999}, [torch.zeros(2)], [torch.ones(2, requires_grad=True)]
+        settings = {"ema": 0.9999}
+        averages, weights = [torch.zeros(2)], [torch.ones(2, requires_grad=True)]
+
     variants.constant_decay(Run)
-    assert not Run.averages[0].requires_grad
     assert_close(Run.averages[0], torch.full((2,), 1e-4))
+    assert not Run.averages[0].requires_grad
 
 
-def test_derived_noise_makes_the_self_perceptual_metric_zero_at_the_same_t_and_changes_no_other_loss():
-    model, judge = small_casdm(), SelfPerceptual(small_casdm())
+def test_derived_noise_makes_the_self_perceptual_metric_zero_at_the_same_t():
+    model, t = small(CasDM), torch.tensor([3, 3900])
     x0, eps = torch.randn(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    t, how = torch.tensor([3, 3900]), {"metrics": {"self-perceptual": (1.0, judge)}, "t_other": torch.tensor([3, 3900])}
-    ours, derived = (training(model, x0, t, eps, SCHEDULE, **how) for training in (training_losses, variants.derived_noise))
-    assert derived["self-perceptual"] < 1e-6 < 1e-3 * ours["self-perceptual"]
-    assert all(derived[name] == ours[name] for name in ("eps", "x0", "mu"))
+    batch = Batch(x0, t, eps, q_sample(x0, t, eps, SCHEDULE), t_other=t)
+    pred = model(batch.x_t, batch.t)
+    ours = SelfPerceptual(small(CasDM))(pred, batch).mean()
+    derived = variants.DerivedNoise(small(CasDM))(pred, batch).mean()
+    assert derived < 1e-6 < 1e-3 * ours
 
 
-@pytest.mark.parametrize("line, says", [("r-square train.py", "r-square"), ("r-free fid.py", "fid.py"), ("r-free", "script"), ("r-free sample.py nowhere.pt", "nowhere.pt")])
-def test_what_is_no_variant_or_script_is_one_line(line, says, capsys, monkeypatch):
-    monkeypatch.setattr(refiner.CasDM, "forward", refiner.CasDM.forward)        # put back at the end
+# ---- the script ----
+
+
+@pytest.fixture
+def put_back(monkeypatch):
+    """Everything that a variant replaces stands there again when the test ends."""
+    for places in variants.VARIANTS.values():
+        for where, name, _ in places:
+            monkeypatch.setattr(where, name, getattr(where, name))
+
+
+@pytest.mark.parametrize(
+    "line, code",
+    [
+        ("r-square train.py", 2),
+        ("r-free fid.py", 2),
+        ("r-free", 2),
+        ("r-free sample.py nowhere.pt", 1),
+    ],
+)
+def test_what_is_no_variant_script_or_checkpoint_is_one_line(line, code, capsys, put_back):
     try:
-        assert edges.run(variants.main, line.split()) == 1
+        found = cli.run(variants.main, line.split())
     except SystemExit as end:
-        assert end.code == 2
+        found = end.code
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert found == code
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def trained_and_sampled(folder, flags, variant=None):
+    """(weights, their average, images) of a tiny run."""
+    small = "--channels 32 --T 10 --iterations 2 --batch-size 2 --sample-every 0"
+    checkpoint, images = folder / "checkpoint.pt", folder / "images.npz"
+    lines = {
+        "train.py": [*small.split(), *flags, "--out", str(folder)],
+        "sample.py": [str(checkpoint), "--n", "2", "--steps", "10", "--out", str(images)],
+    }
+    for script, argv in lines.items():
+        if variant:
+            assert cli.run(variants.main, [variant, script, *argv]) == 0
+        else:
+            assert cli.run(variants.SCRIPTS[script].main, argv) == 0
+    state = read_checkpoint(checkpoint)
+    return state["model"], state["ema"], {"images": torch.from_numpy(np.load(images)["arr_0"])}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_a_variant_trains_and_samples(name, tmp_path, monkeypatch):
-    for place, function, _ in variants.VARIANTS[name]:
-        monkeypatch.setattr(place, function, getattr(place, function))      # put back at the end
-    small = ["--channels", "32", "--T", "10", "--iterations", "2", "--batch-size", "2", "--sample-every", "0"]
-    assert edges.run(variants.main, [name, "train.py", *small, "--out", str(tmp_path / "run")]) == 0
-    assert edges.run(variants.main, [name, "sample.py", str(tmp_path / "run/checkpoint.pt"), "--n", "2", "--steps", "10", "--out", str(tmp_path / "x.npz")]) == 0
-    assert (name in ("phi-unclamped", "r-free", "r-one")) == (refiner.CasDM.forward.__qualname__ != "CasDM.forward")
+def test_a_variant_trains_and_samples_and_something_else_comes_out(name, tmp_path, put_back):
+    flags = []
+    if name == "noise-derived":
+        trained_and_sampled(tmp_path / "judge", [])
+        flags = ["--self-perceptual", f"{tmp_path / 'judge/checkpoint.pt'}=0.1"]
+    ours = trained_and_sampled(tmp_path / "ours", flags)
+    theirs = trained_and_sampled(tmp_path / "theirs", flags, name)
+    same = []
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        same.append(all(torch.equal(a[key], b[key]) for key in a))
+    assert not all(same)

@@ -1,0 +1,205 @@
+"""The pictures of the documents.
+
+python -m experiments.figures schedules   the schedules alone
+python -m experiments.figures results     all that table1.py left, of the `cpu` preset
+
+schedules.png   abar_t and its signal-to-noise ratio, and an image on its way to noise
+rows.png        Table 1's rows, one a line, every column from the same noise
+gate.png        r_t over t: how much of a step comes from x0', and how much should
+refined.png     figure 2's trace of Cas-DM + metric
+curves.png      FID-768 against sampling steps, and against training iterations
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import sample
+from data import from_pixels, shapes, to_pixels
+from diffusion import SCHEDULES, clean_estimates, q_sample
+from experiments import table1
+from support import cli
+from support.draws import stream
+from support.files import existing
+from support.models import load_model
+from support.pictures import pyplot, save_figure
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+ROWS = [row for group, row in table1.ROWS if group == "table 1" and row != table1.REAL]
+# Whose r_t is drawn.
+GATED = [
+    *(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))),
+    "L_mu / coef1^2, clamped",
+]
+
+
+def draw_schedules(path, T=1000):
+    """abar_t, abar_t / (1 - abar_t), and one image noised alike by each (IDDPM Figs. 3, 5)."""
+    layout = [["abar", "snr"], *([name, name] for name in SCHEDULES)]
+    heights = [3, *([1] * len(SCHEDULES))]
+    figure, axes = pyplot().subplot_mosaic(layout, figsize=(9, 5.5), height_ratios=heights)
+    shown = torch.linspace(1, T, 12).long()
+    x0 = from_pixels(shapes(32)[0][:1]).expand(len(shown), -1, -1, -1)
+    noise = stream(0, "schedules", 0).standard_normal((1, *x0.shape[1:]), dtype="float32")
+    eps = torch.from_numpy(noise)
+    for name, make in SCHEDULES.items():
+        schedule = make(T)
+        t, abar = schedule.step[1:].numpy(), schedule.alpha_bar[1:].numpy()
+        axes["abar"].plot(t, abar, label=name)
+        axes["snr"].semilogy(t, abar / (1 - abar), label=name)
+        noised = to_pixels(q_sample(x0, shown, eps, schedule))
+        axes[name].imshow(torch.cat([*noised], 1).numpy())
+        axes[name].set(ylabel=name, yticks=[])
+        middles = [32 * i + 16 for i in range(len(shown))]
+        axes[name].set_xticks(middles, [f"t = {t}" for t in shown])
+    axes["abar"].set(title="abar_t", xlabel="t")
+    axes["snr"].set(title="abar_t / (1 - abar_t)", xlabel="t")
+    axes["abar"].legend()
+    figure.tight_layout()
+    save(figure, path, 80)
+
+
+def draw_rows(experiment, path, columns=14):
+    """The same images of every row of Table 1, seed 0, with the most sampling steps.
+
+    Image i starts from the same noise in each.
+    """
+    size = (0.75 * columns, 0.78 * len(ROWS))
+    figure, axes = pyplot().subplots(len(ROWS), 1, figsize=size)
+    for axis, row in zip(axes, ROWS, strict=True):
+        drawn = experiment.place(row, 0) / f"{table1.STEPS[0]}.npz"
+        drawn = existing(drawn, "run's samples, which experiments/table1.py draws")
+        images = np.load(drawn)["arr_0"][:columns]
+        axis.imshow(np.concatenate(list(images), 1))
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(row, rotation=0, ha="right", va="center")
+    save(figure, path)
+
+
+def draw_gate(experiment, path, n=64):
+    """r_t over t, of seed 0, for n training images noised alike.
+
+    Its mean over images and positions; dashed, the best r for all of them.  Rows of GATED whose
+    run is not there are left out.
+    """
+    x0 = np.load(experiment.folder / "reference.npz")["arr_0"][:n]
+    x0 = from_pixels(torch.from_numpy(x0))
+    eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
+    figure, axis = pyplot().subplots(figsize=(6, 3.5))
+    for row in GATED:
+        checkpoint = experiment.place(row, 0) / "checkpoint.pt"
+        if checkpoint.exists():
+            t, learned, best = gate_of(checkpoint, x0, eps)
+            (line,) = axis.plot(t, learned, label=row)
+            axis.plot(t, best, "--", color=line.get_color())
+    title = "weight of x0': learned, and (dashed) the best for these images"
+    axis.set(xlabel="t", ylabel="r_t", title=title)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+@torch.inference_mode()
+def gate_of(checkpoint, x0, eps):
+    """(t, mean of r_t, best r) of 25 steps, spread evenly."""
+    model, schedule, _ = load_model(checkpoint)
+    steps = np.linspace(1, len(schedule.beta) - 1, 25).round().astype(int).tolist()
+    learned, best = [], []
+    for step in steps:
+        t = torch.full((len(x0),), step)
+        x_t = q_sample(x0, t, eps, schedule)
+        estimates = clean_estimates(x_t, t, model(x_t, t), schedule)
+        learned.append(estimates.r_t.mean().item())
+        best.append(best_r(x0, estimates.x0_star, estimates.x0_hat))
+    return steps, learned, best
+
+
+def best_r(x0, x0_star, x0_hat):
+    """The r at which r x0' + (1 - r) x0* is nearest to x0: a number, not always in 0..1.
+
+    <x0 - x0*, x0' - x0*> / ||x0' - x0*||^2      of [B, C, H, W], -1..1
+    """
+    towards = x0_hat - x0_star
+    return (((x0 - x0_star) * towards).sum() / towards.square().sum()).item()
+
+
+def draw_curves(experiment, path):
+    """FID (or FID-768) of `table1.CURVES` against sampling steps, and against iterations.
+
+    The mean over seeds and its standard error.
+    """
+    figure, (by_steps, by_iterations) = pyplot().subplots(1, 2, figsize=(10, 3.5))
+    fewest, lines = table1.STEPS[-1], experiment.lines()
+    for row in table1.CURVES:
+        at_steps, at_iterations = {}, {}
+        for (share, steps), values in table1.curve(lines, row).items():
+            if share == 1:
+                at_steps[steps] = values
+            if steps == fewest:
+                at_iterations[experiment.preset.iterations * share] = values
+        draw_points(by_steps, at_steps, row)
+        draw_points(by_iterations, at_iterations, row)
+    score = table1.scores_of(lines)[0]
+    by_steps.set(xscale="log", xlabel="sampling steps", ylabel=score)
+    by_iterations.set(xscale="log", xlabel="iterations", ylabel=f"{score}, {fewest} steps")
+    for axis in (by_steps, by_iterations):
+        ticks = sorted({x for line in axis.lines for x in line.get_xdata()})
+        axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        axis.minorticks_off()
+    by_steps.legend()
+    save(figure, path)
+
+
+def draw_points(axis, points, label):
+    """A line through {x: values}, with the standard error of each mean."""
+    x = sorted(points)
+    means = [np.mean(points[at]) for at in x]
+    errors = [standard_error(points[at]) for at in x]
+    axis.errorbar(x, means, errors, marker="o", capsize=3, label=label)
+
+
+def standard_error(values):
+    if len(values) == 1:
+        return 0
+    return np.std(values, ddof=1) / len(values) ** 0.5
+
+
+def save(figure, path, dpi=110):
+    save_figure(figure, path, dpi)
+    print(f"{path} written")
+
+
+# ---- the script ----
+
+
+def draw_results(experiment, folder):
+    """The four pictures of table1.py's runs and lines."""
+    draw_rows(experiment, folder / "rows.png")
+    draw_gate(experiment, folder / "gate.png")
+    checkpoint = experiment.place("Cas-DM + metric", 0) / "checkpoint.pt"
+    sample.main([str(checkpoint), "--trace", str(folder / "refined.png")])
+    draw_curves(experiment, folder / "curves.png")
+
+
+def main(argv=None):
+    """The pictures that are named."""
+    p = cli.Parser(__doc__)
+    p.add_argument("what", choices=("schedules", "results"))
+    p.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
+    text = "where table1.py's runs lie (default: runs/table1-PRESET)"
+    p.add_argument("--work", type=Path, help=text)
+    text = "its lines (default: experiments/table1_PRESET.jsonl)"
+    p.add_argument("--results", type=Path, help=text)
+    p.add_argument("--out", type=Path, default=ASSETS, metavar="FOLDER")
+    a = p.parse_args(argv)
+    if not a.out.is_dir():
+        raise FileNotFoundError(f"{a.out} does not exist; expected a folder; make it first")
+    if a.what == "schedules":
+        draw_schedules(a.out / "schedules.png")
+    else:
+        draw_results(table1.Experiment(a.preset, a.work, a.results), a.out)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,115 @@
+"""figures.py: the schedules, and from tiny runs every picture of what table1.py left."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from experiments import figures, table1
+from support import cli
+from support.files import save_npz
+
+
+def draw(what, work, out):
+    argv = ["--work", str(work), "--results", str(work / "lines.jsonl"), "--out", str(out)]
+    return cli.run(figures.main, [what, *argv])
+
+
+def test_the_schedules_are_drawn_alone(tmp_path):
+    assert draw("schedules", tmp_path, tmp_path) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["schedules.png"]
+    assert min(Image.open(tmp_path / "schedules.png").size) > 300
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert draw("schedules", tmp_path, tmp_path / "nowhere") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'nowhere'} does not exist; expected a folder")
+
+
+def test_without_runs_it_is_one_line_that_says_what_makes_them(tmp_path, capsys):
+    assert draw("results", tmp_path, tmp_path) == 1
+    says = "100.npz does not exist; expected a run's samples, which experiments/table1.py draws"
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_r_is_the_one_that_the_image_was_mixed_with():
+    """x0 = 0.3 x0' + 0.7 x0*, and anything at right angles to x0' - x0* changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 4, 3, 4, 4, generator=generator, dtype=torch.float64)
+    x0_star, x0_hat, other = drawn
+    towards = x0_hat - x0_star
+    across = other - (other * towards).sum() / towards.square().sum() * towards
+    x0 = 0.3 * x0_hat + 0.7 * x0_star + across
+    assert figures.best_r(x0, x0_star, x0_hat) == pytest.approx(0.3, abs=1e-12)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{file name: figure} of all that is drawn."""
+    found, save = {}, figures.save
+
+    def keep(figure, path, *dpi):
+        found[path.name] = figure
+        save(figure, path, *dpi)
+
+    monkeypatch.setattr(figures, "save", keep)
+    return found
+
+
+def test_the_curves_are_means_over_seeds_against_steps_and_iterations(tmp_path, drawn):
+    experiment = table1.Experiment("cpu", tmp_path, tmp_path / "lines.jsonl")
+    with open(tmp_path / "lines.jsonl", "w") as f:
+        for seed in (0, 1):
+            for row, how in experiment.rows.items():
+                scores = {str(steps): {"FID-768": 1 + seed + 10 / steps} for steps in how.steps}
+                f.write(json.dumps({"row": row, "seed": seed} | scores) + "\n")
+    figures.draw_curves(experiment, tmp_path / "curves.png")
+    by_steps, by_iterations = drawn["curves.png"].axes
+    points = by_steps.containers[0].lines[0].get_xydata()
+    np.testing.assert_allclose(points, [[x, 1.5 + 10 / x] for x in (5, 10, 20, 50, 100)])
+    points = by_iterations.containers[0].lines[0].get_xydata()
+    np.testing.assert_allclose(points, [[1250, 2.5], [2500, 2.5], [5000, 2.5]])
+    labels = [label.get_text() for label in by_iterations.get_xticklabels()]
+    assert labels == ["1,250", "2,500", "5,000"]
+
+
+def tiny_run(experiment, row):
+    """What table1.py leaves of a row: a checkpoint and its samples."""
+    tiny = "--channels 32 --res-blocks 1 --T 100 --iterations 1 --batch-size 2 --sample-every 0"
+    model = experiment.rows[row].flags.split(" --metric")[0]
+    argv = ["--data", str(experiment.folder / "images.npz"), *tiny.split(), *model.split()]
+    place = experiment.place(row, 0)
+    assert cli.run(train.main, [*argv, "--out", str(place)]) == 0
+    save_npz(np.full((20, 16, 16, 3), 128, np.uint8), place / "100.npz")
+
+
+@pytest.mark.slow
+def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, drawn, monkeypatch):
+    experiment = table1.Experiment("cpu", tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    save_npz(images, tmp_path / "images.npz")
+    save_npz(images, tmp_path / "reference.npz")
+    for row in {*figures.ROWS, *figures.GATED}:
+        tiny_run(experiment, row)
+    line = {"row": "Cas-DM", "100": {"FID-768": 1.0}, "10": {"FID-768": 2.0}}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
+    assert draw("results", tmp_path, tmp_path) == 0
+    for name in ("rows.png", "gate.png", "refined.png", "curves.png"):
+        assert min(Image.open(tmp_path / name).size) > 100
+
+    lines = drawn["gate.png"].axes[0].lines
+    learned = [line for line in lines if line.get_linestyle() == "-"]
+    best = [line for line in lines if line.get_linestyle() == "--"]
+    assert [line.get_label() for line in learned] == figures.GATED
+    assert len(best) == len(learned)
+    for line in learned:  # the sigmoid of nearly 0
+        assert 0.4 < line.get_ydata().min() <= line.get_ydata().max() < 0.6
+
+    (experiment.place(figures.GATED[-1], 0) / "checkpoint.pt").unlink()  # only Table 1 was run
+    figures.draw_gate(experiment, tmp_path / "gate.png")
+    assert len(drawn["gate.png"].axes[0].lines) == len(lines) - 2
