@@ -1,5 +1,6 @@
 """Many processes do what one does: shares cover everything once, and runs agree to rounding."""
 
+import itertools
 import json
 import os
 import signal
@@ -35,8 +36,12 @@ def test_shares_cover_every_image_once_in_equally_many_rounds(n, batch, size, mo
     assert in_order == list(range(n))
 
 
-def gradient(run, size, parts, monkeypatch):
-    """Of a run's first step in float64, by so many ranks with so many parts each: their mean."""
+def gradient(run, drawn, size, parts, monkeypatch):
+    """In float64, by so many ranks with so many parts each: their mean.
+
+    drawn : what the step draws for the whole batch
+    """
+    run.draws = itertools.repeat(drawn)
     monkeypatch.setattr(parallel, "size", lambda: size)
     run.settings["accumulate"] = parts
     run.optimizer.zero_grad()
@@ -59,8 +64,9 @@ def test_parts_of_the_batch_give_the_gradient_of_the_undivided_batch(
     generator = torch.Generator().manual_seed(0)
     for p in run.raw_model.double().parameters():
         p.data.add_(0.05 * torch.randn(p.shape, generator=generator))
-    whole = gradient(run, 1, 1, monkeypatch)
-    divided = gradient(run, size, parts, monkeypatch)
+    drawn = next(run.draws)
+    whole = gradient(run, drawn, 1, 1, monkeypatch)
+    divided = gradient(run, drawn, size, parts, monkeypatch)
     torch.testing.assert_close(divided, whole, rtol=1e-9, atol=1e-12)
 
 
