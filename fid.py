@@ -260,13 +260,67 @@ def features_of(batches, network, n=None, keep_pool=False):
     return Features(*gaussians, pool_sums.n, network.name, score, pool)
 
 
-def scores(a, b):
-    """Every number that two Features allow.
+# ---- scores ----
 
-    fid, sfid, is and is_std (of a), precision, recall, n_a, n_b; with random weights the two
-    distances alone, under other names.  Warns below 2,048 images.
-    ValueError where different networks made them.
+
+def scores(a, b):
+    """Every number of SCORES that two Features allow; and n_a, n_b, where they are known.
+
+    ValueError where different networks made them.  Warns of numbers that say little.
     """
+    check_sides(a, b)
+    found = {}
+    for score in SCORES:
+        found |= score(a, b)
+    for name, features in (("n_a", a), ("n_b", b)):
+        if features.n is not None:
+            found[name] = features.n
+    return found
+
+
+def score_fid(a, b):
+    name = "random_feature_distance" if random_weights(a, b) else "fid"
+    return {name: frechet_distance(a.mu, a.sigma, b.mu, b.sigma)}
+
+
+def score_sfid(a, b):
+    if a.mu_s is None or b.mu_s is None:
+        return {}
+    name = "random_spatial_distance" if random_weights(a, b) else "sfid"
+    return {name: frechet_distance(a.mu_s, a.sigma_s, b.mu_s, b.sigma_s)}
+
+
+def score_is(a, b):
+    if a.score is None or random_weights(a, b):
+        return {}
+    mean, deviation = a.score
+    return {"is": mean, "is_std": deviation}
+
+
+def score_precision_recall(a, b):
+    if a.pool is None or b.pool is None or random_weights(a, b) or min(a.n, b.n) <= 3:
+        return {}
+    precision, recall = precision_recall(a.pool, b.pool)
+    return {"precision": precision, "recall": recall}
+
+
+# To add one: a function (a, b) -> {name: number} of two Features, {} where they lack what it needs,
+# and its row.
+SCORES = (
+    score_fid,
+    score_sfid,
+    score_is,
+    score_precision_recall,
+)
+
+
+def random_weights(a, b):
+    """Whether the network that made the features knows nothing of images."""
+    return "random" in f"{a.weights} {b.weights}"
+
+
+def check_sides(a, b):
+    """ValueError where different networks made the two; warns below 2,048 images, and the like."""
     if a.weights and b.weights and a.weights != b.weights:
         raise ValueError(
             f"statistics of the weights {a.weights} and of {b.weights}; "
@@ -277,35 +331,24 @@ def scores(a, b):
             warnings.warn(
                 f"{n} images are few: below {STEADY:,} FID is far too high; "
                 "compare only at equal n",
-                stacklevel=2,
+                stacklevel=3,
             )
-    random = "random" in f"{a.weights} {b.weights}"
+    random = random_weights(a, b)
     last = a.n % SPLIT if a.score else 0
     if last and a.n > SPLIT and not random:
         warnings.warn(
             f"the last split of the Inception Score holds {last:,} images, "
             f"not {SPLIT:,}, and distorts it; score a multiple of {SPLIT:,}",
-            stacklevel=2,
+            stacklevel=3,
         )
     if random:
         warnings.warn(
             "the weights are random: these distances are no FID and say nothing about quality",
-            stacklevel=2,
+            stacklevel=3,
         )
-    out = {
-        "random_feature_distance" if random else "fid": frechet_distance(
-            a.mu, a.sigma, b.mu, b.sigma
-        )
-    }
-    if a.mu_s is not None and b.mu_s is not None:
-        out["random_spatial_distance" if random else "sfid"] = frechet_distance(
-            a.mu_s, a.sigma_s, b.mu_s, b.sigma_s
-        )
-    if a.score and not random:
-        out["is"], out["is_std"] = a.score
-    if a.pool is not None and b.pool is not None and not random and min(a.n, b.n) > 3:
-        out["precision"], out["recall"] = precision_recall(a.pool, b.pool)
-    return out | {key: n for key, n in (("n_a", a.n), ("n_b", b.n)) if n is not None}
+
+
+# ---- statistics in files ----
 
 
 def reference(images, network, batch_size=50):

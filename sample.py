@@ -131,9 +131,13 @@ def ddim(a, settings):
     return lambda noise, y: Ddim(a.eta or 0.0, noise)
 
 
+# To add one: a class like Ddim, a function like `ddim` and its row, or a neighbour's `samplers`.
+SAMPLERS = {"ddim": ddim}  # name -> (arguments, settings of the model) -> (noise, y) -> step
+
+
 def samplers():
-    """--sampler's names -> (arguments, settings of the model) -> (noise, y) -> step."""
-    found = {"ddim": ddim}
+    """SAMPLERS, and the neighbours'."""
+    found = dict(SAMPLERS)
     for neighbour in neighbours():
         found |= neighbour.samplers
     return found

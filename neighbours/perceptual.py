@@ -94,7 +94,7 @@ class Perceptual(Neighbour):
 
     def model(self, s):
         if s["self_perceptual"] and s["model"] == "ddpm":
-            return self.judged[s["predict"]]
+            return self.judged.get(s["predict"])
 
     def metrics(self, s):
         found = {}
