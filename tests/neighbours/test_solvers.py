@@ -3,11 +3,13 @@ r"""neighbours/solvers.py: other steps and other ways to step, on data whose ide
     DPM++   arXiv:2211.01095v2
 
 The data: Gaussian images of 32 x 32 with mean 0.05, deviation 0.5 and a spectrum that falls as
-1/f^2.  In the Fourier basis every coefficient is a Gaussian of its own, the ideal network is a line,
-and so is the whole sampler: its Frechet distance to the data, a pixel and times 1e4, is exact.
+1/f^2.  In the Fourier basis every coefficient is a Gaussian of its own, the ideal network is a
+line, and so is the whole sampler: its Frechet distance to the data, a pixel and times 1e4, is
+exact.
 """
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ STEPS = {
     "even": lambda schedule, n: n,
     "trailing": trailing,
     "linspace": linspace,
+    "quad": quadratic,
     "logsnr": even_in_log_snr,
 }
 
@@ -92,6 +95,25 @@ def test_the_exact_model_has_these_distances(schedule, spaced, n, step, expected
     found = distance(schedule, STEPS[spaced](schedule, n), step())
     digits = len(expected.partition(".")[2])
     assert f"{found:.{digits}f}" == expected
+
+
+def rows_of_the_page():
+    """The exact table of docs/NEIGHBOURS.md: (schedule, sampler, steps, {spacing: cell})."""
+    page = (Path(__file__).parents[2] / "docs/NEIGHBOURS.md").read_text()
+    head, table = page.split("| schedule | sampler | steps | ")[1].split("\n|---|", 1)
+    spacings = [name.strip() for name in head.strip(" |").split("|")]
+    for line in table.split("\n\n")[0].splitlines()[1:]:
+        schedule, sampler, n, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        yield schedule, sampler, int(n), dict(zip(spacings, cells, strict=True))
+
+
+@pytest.mark.parametrize("row", rows_of_the_page(), ids=lambda row: " ".join(map(str, row[:3])))
+def test_the_table_of_the_page_is_what_is_computed(row):
+    name, sampler, n, cells = row
+    schedule, step = SCHEDULES[name], {"ddim": Ddim, "dpm++": DpmSolver2M}[sampler]
+    for spaced, cell in cells.items():
+        found = distance(schedule, STEPS[spaced](schedule, n), step())
+        assert f"{found:.{len(cell.partition('.')[2])}f}" == cell, spaced
 
 
 def test_uneven_steps_pay_with_the_linear_schedule_and_not_with_the_cosine_one():
