@@ -1,13 +1,15 @@
-r"""How fast the code is, against plain references and against the hardware, all measured in one run.
+"""How fast the code is, against plain references and the hardware, all measured in one run.
 
-    python -m experiments.benchmark                       every row
-    python -m experiments.benchmark step lpips            some of them
-    python -m experiments.benchmark gpu                   on a GPU: one training step in absolute numbers
+    python -m experiments.benchmark               every row
+    python -m experiments.benchmark step lpips    some of them
+    python -m experiments.benchmark gpu           on a GPU: a training step in absolute numbers
 
-A figure is the median of interleaved repeats; a ratio is the reference's over the work's time where the target is a least speed-up ("x"),
-and the work's over the reference's where it is a greatest cost.  "of peak" is the work's FLOP/s over the best of large 3 x 3 convolutions,
-forward and backward, in the same repeats.  Where both sides compute the same numbers, "differ" is their largest relative difference.
-Networks have the paper's size at 32 x 32 (128 channels, 3 blocks); batch 8 on a CPU and 128 on a GPU; data and metric weights are random.
+A figure is the median of interleaved repeats.  A ratio is the reference's over the work's time
+where the target is a least speed-up ("x"), and the work's over the reference's where it is a
+greatest cost.  "of peak" is the work's FLOP/s over the best of large 3 x 3 convolutions, forward
+and backward, in the same repeats.  Where both sides compute the same numbers, "differ" is their
+largest relative difference.  Networks have the paper's size at 32 x 32 (128 channels, 3 blocks);
+batch 8 on a CPU and 128 on a GPU; data and metric weights are random.
 
 rows:
 """
@@ -24,10 +26,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -43,20 +46,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.models import inception as blocks
 
-ROOT = Path(__file__).resolve().parent.parent
-
-from support import edges
 import fid
-import losses
+import inception
+import metrics
 import train
 import unet
-from data import Images, batch_indices, from_pixels
+from data import Images, from_pixels
 from refiner import build_model
+from sample import Sampler
+from support import cli
+from support.draws import batch_indices
 from support.run import LOG_EVERY, Run
-from sample import sample
+from support.settings import defaults
 
-CIFAR10 = ROOT / "../shared/data/cifar10_train.npz"
+CIFAR10 = Path(__file__).resolve().parents[2] / "shared/data/cifar10_train.npz"
 SIZE = 32
+FP32, BF16 = torch.float32, torch.bfloat16
 
 
 class Row(NamedTuple):
@@ -64,13 +69,9 @@ class Row(NamedTuple):
 
     work: Callable
     reference: Callable | None
-    target: (
-        str  # ">= 1.08 x": reference / work; "<= 1.02": work / reference; "<= 2 s": the work itself
-    )
+    target: str  # ">= 1.08 x": reference / work; "<= 1.02": work / reference; "<= 2 s": the work
     tolerance: float | None = None  # of what the two return; None: not compared
-    peak: tuple | None = (
-        None  # (FLOPs of the work, dtype, what share of the convolution peak is asked for)
-    )
+    peak: tuple | None = None  # (FLOPs of the work, dtype, the least share of the peak or None)
     unit: str = "s"  # or "MB", which the two return
 
 
@@ -80,15 +81,11 @@ class Row(NamedTuple):
 def step(device, folder, precision="fp32", target=">= 1.08 x"):
     """theta's training step; the same network written plainly"""
     run = Steps(device, folder, model="ddpm", precision=precision)
-    plain = network_step(run.model.net, device, plain=True)
-    return Row(
-        run,
-        plain,
-        target,
-        peak=(flops(plain), torch.float32, ">= 0.72")
-        if precision == "fp32"
-        else (flops(plain), torch.bfloat16, ""),
-    )
+    plain = network_step(run.raw_model.theta, device, plain=True)
+    peak = (flops(plain), FP32, 0.72)
+    if precision == "bf16":
+        peak = (flops(plain), BF16, None)
+    return Row(run, plain, target, peak=peak)
 
 
 def step_bf16(device, folder):
@@ -99,21 +96,20 @@ def step_bf16(device, folder):
 def cascade(device, folder):
     """the full Cas-DM step; theta's step and phi's step"""
     run = Steps(device, folder)
-    return Row(
-        run,
-        both(network_step(run.model.eps_net, device), network_step(run.model.refiner, device)),
-        "<= 1.02",
-    )
+    theta, phi = (network_step(net, device) for net in run.raw_model.children())
+    return Row(run, both(theta, phi), "<= 1.02")
 
 
 def casdm_lpips(device, folder, precision="fp32", target="<= 0.95"):
     """the full Cas-DM step with LPIPS; two plain network steps and piq's LPIPS"""
-    ours, piqs = lpips_pair(device, folder, precision == "bf16")
-    run = Steps(device, folder, {"lpips": (0.1, ours)}, precision=precision)
-    networks = [
-        network_step(net, device, plain=True) for net in (run.model.eps_net, run.model.refiner)
-    ]
-    return Row(run, both(*networks, forward_backward(piqs, device, batch(device))), target)
+    ours, piqs = lpips_pair(device, folder)
+    if precision == "bf16":
+        in_bf16(ours)
+    metric = {"lpips": (0.1, metrics.OnX0(ours))}
+    run = Steps(device, folder, metric, precision=precision)
+    theta, phi = (network_step(net, device, plain=True) for net in run.raw_model.children())
+    piqs = forward_backward(piqs, device, batch(device))
+    return Row(run, both(theta, phi, piqs), target)
 
 
 def casdm_lpips_bf16(device, folder):
@@ -122,7 +118,7 @@ def casdm_lpips_bf16(device, folder):
 
 
 def optimiser(device, folder):
-    """AdamW and EMA; a memory copy of the bytes they must touch"""
+    """AdamW with its guard, and the moving average; a memory copy of the bytes they must touch"""
     run = Steps(device, folder, model="ddpm")
     for p in run.weights:
         p.grad = torch.randn_like(p)
@@ -131,9 +127,11 @@ def optimiser(device, folder):
 
     def work():
         run.optimizer.step()
-        run.update_ema()
+        run.average()
 
-    def copies():  # AdamW reads w, g, m, v and writes w, m, v; the EMA reads w, ema and writes ema: 10 tensors, and a copy touches 2
+    def copies():
+        # AdamW reads w, g, m, v and writes w, m, v; the average reads w, ema and writes ema: ten
+        # tensors, and a copy touches two
         for _ in range(5):
             there.copy_(here)
 
@@ -141,69 +139,83 @@ def optimiser(device, folder):
 
 
 class Steps(Run):
-    """Called, it lets the real loop, train.train, through `burst` steps; it leaves no file but the log."""
+    """Called, it lets the real loop, train.train, through `burst` steps.
+
+    It leaves no file but the log.
+    """
 
     burst = 1
 
-    def __init__(self, device, folder, metrics={}, **settings):
+    def __init__(self, device, folder, metrics=None, **settings):
         n = batch(device)
         pixels = np.random.default_rng(0).integers(0, 256, (4 * n, SIZE, SIZE, 3), np.uint8)
-        fixed = dict(image_size=SIZE, batch_size=n, iterations=10**9, sample_every=0, save_every=0)
-        super().__init__(
-            train.PAPER | fixed | settings,
-            folder,
-            device,
-            Images(pixels, None, "noise", "0"),
-            metrics,
-        )
-        randomised(self.model)
+        images = Images(pixels, None, "noise", "0")
+        fixed = {
+            "image_size": SIZE,
+            "batch_size": n,
+            "iterations": 10**9,
+            "sample_every": 0,
+            "save_every": 0,
+        }
+        settings = defaults() | fixed | settings
+        stop = SimpleNamespace(asked=False)
+        super().__init__(settings, folder, device, images, metrics or {}, stop)
+        randomised(self.raw_model)
 
     def __call__(self):
+        self.stop.asked = False
         with contextlib.redirect_stderr(io.StringIO()):
-            train.train(self, SimpleNamespace(asked=False))
+            train.train(self)
 
-    def after_step(self, bar, stop):
-        super().after_step(bar, stop)
-        stop.asked = self.step % self.burst == 0
+    def after_step(self):
+        super().after_step()
+        self.stop.asked = self.step % self.burst == 0
 
     def save(self):
         self.saved = self.step
 
 
 def network_step(net, device, plain=False):
-    """One training step of a copy of `net` on fixed data, under its squared error; `plain` as one writes it at first."""
+    """One training step of a copy of `net` on fixed data, under its squared error.
+
+    plain : as one writes it at first
+    """
     net = copy.deepcopy(net)
-    x = torch.randn(batch(device), net.input_blocks[0][0].in_channels, SIZE, SIZE, device=device)
+    channels = net.input_blocks[0][0].in_channels
+    x = torch.randn(batch(device), channels, SIZE, SIZE, device=device)
     t = torch.linspace(0, 1000, len(x), device=device)
     if plain:
         expected = net(x, t)
         torch.testing.assert_close(plainly(net)(x, t), expected, rtol=1e-3, atol=1e-4)
-    weights, optimizer = (
-        list(net.parameters()),
-        torch.optim.AdamW(
-            net.parameters(), lr=1e-4, weight_decay=0.0, fused=None if plain else True
-        ),
-    )
-    averages = [p.detach().clone() for p in weights]
     target = torch.randn_like(net(x, t))
+    weights = list(net.parameters())
+    averages = [p.detach().clone() for p in weights]
+    fused = None if plain else True
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=fused)
 
     def call():
         loss = F.mse_loss(net(x, t), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            if plain:
-                for average, w in zip(averages, weights):
-                    average.mul_(0.9999).add_(w, alpha=0.0001)
-            else:
-                torch._foreach_lerp_(averages, weights, 0.0001)
+        average()
+
+    @torch.no_grad()
+    def average():
+        if not plain:
+            torch._foreach_lerp_(averages, weights, 0.0001)
+            return
+        for mean, w in zip(averages, weights, strict=True):
+            mean.mul_(0.9999).add_(w, alpha=0.0001)
 
     return call
 
 
 def randomised(net):
-    """The same weights each time, none of them zero: what starts at zero would compare as equal, and has gradients that no later step has."""
+    """The same weights each time, none of them zero.
+
+    What starts at zero would compare as equal, and has gradients that no later step has.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
@@ -214,12 +226,13 @@ def randomised(net):
 
 def plainly(net):
     """The same U-Net from plain operations, its modules changed in place."""
+    plain = {
+        unet.ResBlock: PlainResBlock,
+        unet.Attention: PlainAttention,
+        nn.SiLU: PlainSiLU,
+    }
     for module in net.modules():
-        module.__class__ = {
-            unet.ResBlock: PlainResBlock,
-            unet.Attention: PlainAttention,
-            nn.SiLU: PlainSiLU,
-        }.get(type(module), type(module))
+        module.__class__ = plain.get(type(module), type(module))
     return net
 
 
@@ -232,26 +245,28 @@ class PlainResBlock(unet.ResBlock):
     def forward(self, x, emb):
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.norm1(x)
-        h = self.norm2(self.conv1(h * torch.sigmoid(h))) * (1 + scale) + shift
+        h = self.conv1(h * torch.sigmoid(h))
+        h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(self.dropout(h * torch.sigmoid(h)))
 
 
 class PlainAttention(unet.Attention):
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = (
-            self.qkv(self.norm(x).flatten(2))
-            .view(B * self.heads, 3 * C // self.heads, H * W)
-            .chunk(3, dim=1)
-        )
-        weight = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(C // self.heads), dim=-1)
-        return x + self.proj((v @ weight.transpose(1, 2)).reshape(B, C, H * W)).view(B, C, H, W)
+        d = C // self.heads
+        qkv = self.qkv(self.norm(x).flatten(2))
+        q, k, v = qkv.view(B * self.heads, 3 * d, H * W).chunk(3, dim=1)
+        weight = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(d), dim=-1)
+        h = (v @ weight.transpose(1, 2)).reshape(B, C, H * W)
+        return x + self.proj(h).view(B, C, H, W)
 
 
 def both(*calls):
+    """One call after the other."""
+
     def call():
-        for c in calls:
-            c()
+        for one in calls:
+            one()
 
     return call
 
@@ -259,55 +274,76 @@ def both(*calls):
 # ---- LPIPS ----
 
 
-def lpips(device, folder, bf16=False, target=">= 1.03 x", tolerance=1e-5):
+def lpips(device, folder):
     """LPIPS at 224 x 224, forward and backward; piq's class"""
-    n = batch(device) // 2
-    ours, piqs = (
-        forward_backward(metric, device, n) for metric in lpips_pair(device, folder, bf16)
-    )
-    return Row(ours, piqs, target, tolerance)
+    return lpips_row(lpips_pair(device, folder), device, ">= 1.03 x", 1e-5)
 
 
 def lpips_bf16(device, folder):
     """LPIPS with its network in bf16; piq's class in fp32"""
-    return lpips(device, folder, True, ">= 1.75 x", 1e-2)
+    ours, piqs = lpips_pair(device, folder)
+    in_bf16(ours)
+    return lpips_row((ours, piqs), device, ">= 1.75 x", 1e-2)
 
 
-def lpips_pair(device, folder, bf16):
+def lpips_row(pair, device, target, tolerance):
+    n = batch(device) // 2
+    ours, piqs = (forward_backward(metric, device, n) for metric in pair)
+    return Row(ours, piqs, target, tolerance)
+
+
+def lpips_pair(device, folder):
     """(ours, piq's) with the same random weights, both of x0_hat and x0 in [-1, 1]."""
     torch.manual_seed(0)
+    vgg = random_vgg()
+    hub = folder / "hub/checkpoints"
+    hub.mkdir(parents=True, exist_ok=True)
+    state = {f"features.{key}": value for key, value in vgg.features.state_dict().items()}
+    torch.save(state, hub / "vgg16-397923af.pth")
+    weights = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
+    torch.save(weights, hub / "lpips_weights.pt")
+    with mock.patch.dict(os.environ, TORCH_HOME=str(folder)):
+        ours = metrics.lpips().to(device)
+        with mock.patch("piq.perceptual.vgg16", lambda **how: vgg):
+            theirs = piq.LPIPS(replace_pooling=True, reduction="none")
+
+    def piqs(x0_hat, x0):
+        return theirs(metrics.T(x0_hat), metrics.T(x0))
+
+    return ours, piqs
+
+
+def random_vgg():
     with torch.device("meta"):  # the classifier, 494 of 528 MB, is never used
         vgg = tv.vgg16()
     vgg.features = tv.vgg.make_layers(tv.vgg.cfgs["D"])
-    for conv in (m for m in vgg.features if isinstance(m, nn.Conv2d)):
-        nn.init.kaiming_normal_(conv.weight)
-    hub = folder / "hub/checkpoints"
-    hub.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {f"features.{k}": v for k, v in vgg.features.state_dict().items()},
-        hub / "vgg16-397923af.pth",
-    )
-    torch.save([torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)], hub / "lpips_weights.pt")
-    with (
-        mock.patch.dict(os.environ, TORCH_HOME=str(folder)),
-        mock.patch("piq.perceptual.vgg16", lambda **how: vgg),
-    ):
-        ours, theirs = (
-            losses.lpips(bf16).to(device),
-            piq.LPIPS(replace_pooling=True, reduction="none"),
-        )
+    for module in vgg.features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return vgg
 
-    def T(x):
-        return (F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False) + 1) / 2
 
-    return ours, lambda x0_hat, x0: theirs(T(x0_hat), T(x0))
+def in_bf16(metric):
+    """Puts the network of a FeatureDistance under bfloat16's autocast; the rest stays float32."""
+    metric.extractor = Bf16(metric.extractor)
+
+
+class Bf16(nn.Module):
+    def __init__(self, extractor):
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, BF16):
+            features = self.extractor(x)
+        return {name: f.float() for name, f in features.items()}
 
 
 def forward_backward(metric, device, n):
-    x0_hat, x0 = (
-        torch.rand(2, n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).to(device) * 2
-        - 1
-    )
+    """A call of the metric and its gradient, on n fixed pairs of images."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = torch.rand(2, n, 3, SIZE, SIZE, generator=generator) * 2 - 1
+    x0_hat, x0 = pairs.to(device)
     x0_hat.requires_grad_()
 
     def call():
@@ -324,27 +360,29 @@ def forward_backward(metric, device, n):
 def ddim(device, folder):
     """the DDIM loop, 100 steps; the bare network's forwards"""
     model = randomised(build_model({"model": "ddpm"})).to(device).eval()
-    shape = (batch(device) // 8, 3, SIZE, SIZE)
-    x, t = torch.randn(shape, device=device), torch.linspace(0, 1000, shape[0], device=device)
+    sampler, n = Sampler(model, SIZE, steps=100), batch(device) // 8
+    x = torch.randn(n, 3, SIZE, SIZE, device=device)
+    t = torch.linspace(0, 1000, n, device=device)
 
     @torch.inference_mode()
     def forwards():
         for _ in range(100):
-            model.net(x, t)
+            model.theta(x, t)
 
-    return Row(lambda: sample(model, model.schedule, shape, seed=0, steps=100), forwards, "<= 1.01")
+    return Row(lambda: sampler(0, n), forwards, "<= 1.01")
 
 
-def input_(device, folder):
-    """an epoch of CIFAR-10's size as batches in [-1, 1]; a torchvision DataLoader with 2 workers"""
+def epoch_of_input(device, folder):
+    """an epoch of CIFAR-10's size as batches in [-1, 1]; a torchvision DataLoader, 2 workers"""
     n, size = 50_000, 128
     pixels = np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
-    loader = DataLoader(Cifar(pixels), size, shuffle=True, num_workers=2, persistent_workers=True)
+    data = Cifar(pixels)
+    loader = DataLoader(data, size, shuffle=True, num_workers=2, persistent_workers=True)
     epochs = iter(range(10**9))
 
     def work():
         seed = next(epochs)
-        for i in range(-(-n // size)):
+        for i in range(math.ceil(n / size)):
             from_pixels(pixels[batch_indices(n, size, i, seed)])
 
     def load():
@@ -358,7 +396,7 @@ class Cifar(Dataset):
     """torchvision's CIFAR10 as one uses it: a Pillow image through transforms."""
 
     transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
+        [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
     )
 
     def __init__(self, pixels):
@@ -374,17 +412,17 @@ class Cifar(Dataset):
 def start(device, folder, data="shapes", target="<= 2 s"):
     """python train.py on shapes, imports excluded: to its first step"""
 
-    class Begun(Exception):
+    class BegunError(Exception):
         pass
 
     def work():
-        arguments = ["--data", data, "--out", tempfile.mkdtemp(dir=folder), "--device", str(device)]
-        with (
-            mock.patch("train.training_losses", side_effect=Begun),
-            contextlib.suppress(Begun),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        out = tempfile.mkdtemp(dir=folder)
+        arguments = ["--data", data, "--out", out, "--device", str(device)]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.enter_context(contextlib.suppress(BegunError))
+            stack.enter_context(mock.patch("train.training_losses", side_effect=BegunError))
             train.main(arguments)
 
     return Row(work, None, target)
@@ -400,91 +438,97 @@ def start_cifar10(device, folder):
 # ---- evaluation ----
 
 
-def inception(device, folder, dtype=torch.float32, target=">= 1.4 x", tolerance=1e-4):
+def inception_features(device, folder, dtype=FP32, target=">= 1.4 x", tolerance=1e-4):
     """Inception features of images; torchvision's blocks with their batch norms"""
     torch.manual_seed(0)
-    kinds = [
-        blocks.BasicConv2d,
-        fid.InceptionA,
-        blocks.InceptionB,
-        fid.InceptionC,
-        blocks.InceptionD,
-        fid.InceptionE,
-        None,
-    ]
-    plain = blocks.Inception3(
-        num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=kinds
-    )
-    plain.Mixed_7c.pool = F.max_pool2d
-    for m in plain.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight)
-        elif isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
-    plain.fc.bias.data.zero_()
-    torch.save(plain.state_dict(), folder / "inception.pth")
-    ours, plain = (
-        fid.InceptionFeatures(folder / "inception.pth").to(device, dtype),
-        plain.to(device).eval(),
-    )
-    images = torch.randint(
-        0, 256, (2 * batch(device), 3, SIZE, SIZE), dtype=torch.uint8, device=device
-    )
-    published = torch.inference_mode()(
-        lambda: plain((fid.tf1_resize(images.float(), 299) - 128) / 128)
-    )
-    return Row(torch.inference_mode()(lambda: ours(images)[2]), published, target, tolerance)
+    published = published_inception()
+    torch.save(published.state_dict(), folder / "inception.pth")
+    ours = fid.InceptionFeatures(folder / "inception.pth").to(device, dtype)
+    published = published.to(device).eval()
+    shape = (2 * batch(device), 3, SIZE, SIZE)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+    @torch.inference_mode()
+    def work():
+        _, _, logits = ours(images)
+        return logits
+
+    @torch.inference_mode()
+    def reference():
+        return published((inception.tf1_resize(images.float(), 299) - 128) / 128)
+
+    return Row(work, reference, target, tolerance)
 
 
 def inception_bf16(device, folder):
     """Inception features in bf16; the same fp32 reference"""
-    return inception(device, folder, torch.bfloat16, ">= 2.5 x", 0.2)
+    return inception_features(device, folder, BF16, ">= 2.5 x", 0.2)
+
+
+def published_inception():
+    """FID's network as torchvision and pytorch-fid have it, of random weights without a bias."""
+    kinds = [
+        blocks.BasicConv2d,
+        inception.InceptionA,
+        blocks.InceptionB,
+        inception.InceptionC,
+        blocks.InceptionD,
+        inception.InceptionE,
+        None,
+    ]
+    network = blocks.Inception3(
+        num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=kinds
+    )
+    network.Mixed_7c.pool = F.max_pool2d
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    network.fc.bias.data.zero_()
+    return network
 
 
 def frechet(device, folder):
     """the Frechet distance at 2048 dimensions; scipy's sqrtm of the product"""
     draw = np.random.default_rng(0)
-    rows = [
-        draw.standard_normal((5000, 2048)) * np.linspace(0.1, 1, 2048) * scale for scale in (1, 1.1)
-    ]
-    (m1, s1), (m2, s2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in rows)
+    gaussians = []
+    for scale in (1, 1.1):
+        rows = draw.standard_normal((5000, 2048)) * np.linspace(0.1, 1, 2048) * scale
+        gaussians += [rows.mean(0), np.cov(rows, rowvar=False)]
+    m1, s1, m2, s2 = gaussians
 
     def published():
-        return np.sum((m1 - m2) ** 2) + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+        root = scipy.linalg.sqrtm(s1 @ s2).real
+        return np.sum((m1 - m2) ** 2) + np.trace(s1 + s2 - 2 * root)
 
     return Row(lambda: fid.frechet_distance(m1, s1, m2, s2), published, ">= 10 x", 1e-8)
 
 
 def memory(device, folder):
     """the peak memory of features of 50,000 images; of 10,000"""
-    return Row(
-        lambda: in_new_process(peak_memory, 50_000),
-        lambda: in_new_process(peak_memory, 10_000),
-        "<= 1.05",
-        unit="MB",
-    )
+
+    def peak_of(n):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(peak_memory, n).result()
+
+    return Row(lambda: peak_of(50_000), lambda: peak_of(10_000), "<= 1.05", unit="MB")
 
 
 def peak_memory(n, batch_size=250):
-    class Stub:
-        name = "random"
-
-        def __call__(self, images):
-            return [torch.rand(len(images), features) for features in (2048, 2023, 1008)]
-
-    fid.features_of(
-        (torch.zeros(batch_size, 3, SIZE, SIZE, dtype=torch.uint8) for _ in range(n // batch_size)),
-        Stub(),
-    )
-    status = Path(
-        "/proc/self/status"
-    ).read_text()  # Linux's; getrusage would count the parent's memory too
+    """MB that this process took at most for the features of n images, by a network of no size."""
+    images = torch.zeros(batch_size, 3, SIZE, SIZE, dtype=torch.uint8)
+    fid.features_of((images for _ in range(n // batch_size)), NoNetwork())
+    status = Path("/proc/self/status").read_text()  # Linux's; getrusage counts the parent's too
     return int(status.split("VmHWM:")[1].split()[0]) / 1000
 
 
-def in_new_process(function, *arguments):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+class NoNetwork:
+    name = "random"
+
+    def __call__(self, images):
+        return [torch.rand(len(images), features) for features in (2048, 2023, 1008)]
 
 
 ROWS = {
@@ -497,8 +541,8 @@ ROWS = {
     "casdm-lpips-bf16": casdm_lpips_bf16,
     "optimiser": optimiser,
     "ddim": ddim,
-    "input": input_,
-    "inception": inception,
+    "input": epoch_of_input,
+    "inception": inception_features,
     "inception-bf16": inception_bf16,
     "fid": frechet,
     "memory": memory,
@@ -510,60 +554,69 @@ ROWS = {
 # ---- absolute numbers, on a GPU ----
 
 
+class Variant(NamedTuple):
+    """A way of taking the Cas-DM step."""
+
+    precision: str = "fp32"
+    tf32: bool = False
+    compile: bool = False
+    layout: torch.memory_format = torch.contiguous_format
+
+
+LAST = torch.channels_last
+VARIANTS = {
+    "fp32": Variant(),
+    "fp32, tf32": Variant(tf32=True),
+    "bf16": Variant("bf16"),
+    "bf16, channels-last": Variant("bf16", layout=LAST),
+    "bf16, compiled": Variant("bf16", compile=True),
+    "bf16, compiled, channels-last": Variant("bf16", compile=True, layout=LAST),
+}
+
+
 def gpu(device, folder, repeats):
-    """Images/s, TFLOP/s, share of the matrix product's peak in the same precision, and whether a step waits for the GPU: the Cas-DM step."""
+    """the Cas-DM step: images/s, TFLOP/s, its share of matmul's, whether it waits for the GPU"""
+    title, n = f"Cas-DM step, batch {batch(device)}", batch(device)
+    print(f"\n{title:31}  images/s   TFLOP/s  of matmul  x plain   waits for the GPU")
+    base = None
 
-    def variant(precision="fp32", tf32=False, compiled=False, layout=torch.contiguous_format):
-        run = Steps(device, folder, precision=precision, compile=compiled)
-        run.burst = LOG_EVERY  # so many steps between two clock readings, one logged row in them
-        run.model.to(memory_format=layout), run.ema.to(memory_format=layout)
-        return run, run.burst, torch.bfloat16 if precision == "bf16" else torch.float32, tf32
-
-    def plain():
-        model = randomised(build_model({})).to(device)
-        return (
-            both(
-                *(network_step(net, device, plain=True) for net in (model.eps_net, model.refiner))
-            ),
-            1,
-            torch.float32,
-            False,
-        )
-
-    last, bf16 = torch.channels_last, "bf16"
-    variants = {
-        "plain fp32": plain,
-        "fp32": variant,
-        "fp32, tf32": lambda: variant(tf32=True),
-        "bf16": lambda: variant(bf16),
-        "bf16, channels-last": lambda: variant(bf16, layout=last),
-        "bf16, compiled": lambda: variant(bf16, compiled=True),
-        "bf16, compiled, channels-last": lambda: variant(bf16, compiled=True, layout=last),
-    }
-    work, base = flops(plain()[0]), None
-    print(
-        f"\n{'Cas-DM step, batch ' + str(batch(device)):31}{'images/s':>10}{'TFLOP/s':>10}{'of matmul':>11}{'x plain':>9}   waits for the GPU"
-    )
-    for name, make in variants.items():
-        call, steps, dtype, tf32 = make()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        product, cost = matrix_product(device, dtype)
-        times = interleaved([call, product], repeats, device)[0]
-        seconds, peak = statistics.median(times[0]) / steps, cost / min(times[1])
+    def line(name, call, steps, how):
+        nonlocal base
+        seconds, peak = seconds_a_step(call, steps, how, repeats, device)
         base = base or seconds
-        print(
-            f"{name:31}{batch(device) / seconds:10.0f}{work / seconds / 1e12:10.1f}{work / seconds / peak:11.2f}{base / seconds:9.2f}   "
-            f"{waits(call) if isinstance(call, Steps) else ''}",
-            flush=True,
-        )
-        del call
+        rate = work / seconds
+        cells = f"{n / seconds:10.0f}{rate / 1e12:10.1f}{rate / peak:11.2f}{base / seconds:9.2f}"
+        print(f"{name:31}{cells}   {waits(call) if steps > 1 else ''}", flush=True)
+
+    plain = plain_casdm(device)
+    work = flops(plain)
+    line("plain fp32", plain, 1, Variant())
+    del plain
+    for name, how in VARIANTS.items():
+        run = Steps(device, folder, precision=how.precision, compile=how.compile)
+        run.burst = LOG_EVERY  # steps between two clock readings, one logged row among them
+        run.raw_model.to(memory_format=how.layout)
+        run.ema.to(memory_format=how.layout)
+        line(name, run, run.burst, how)
+        del run
         gc.collect()
     print("target: 4 x plain fp32, and no step that waits")
 
 
-def matrix_product(device, dtype, n=8192):
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return lambda: a @ b, 2 * n**3
+def plain_casdm(device):
+    """theta's and phi's steps, both written plainly."""
+    model = randomised(build_model({})).to(device)
+    return both(*(network_step(net, device, plain=True) for net in model.children()))
+
+
+def seconds_a_step(call, steps, how, repeats, device):
+    """(seconds of one of the call's steps, FLOP/s of large matrix products beside it)"""
+    torch.backends.cuda.matmul.allow_tf32 = how.tf32
+    torch.backends.cudnn.allow_tf32 = how.tf32
+    n = 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=BF16 if how.precision == "bf16" else FP32)
+    (calls, products), _ = interleaved([call, lambda: a @ b], repeats, device)
+    return statistics.median(calls) / steps, 2 * n**3 / min(products)
 
 
 def waits(run):
@@ -582,37 +635,51 @@ def waits(run):
 # ---- measuring ----
 
 
+class Measured(NamedTuple):
+    """What came out of a row."""
+
+    work: float  # median, in the row's unit
+    reference: float | None
+    differ: float | None  # largest relative difference of what the two return
+    share: float | None  # of the convolutions' peak
+
+
 def measure(row, repeats, device):
-    """(figure of the work, of the reference or None, relative difference or None, share of the peak or None)"""
-    calls = [row.work] + [row.reference] * (row.reference is not None)
-    convolutions = peak_convolutions(device, row.peak[1]) if row.peak else []
-    figures, results = interleaved(
-        calls + [call for call, _ in convolutions],
-        repeats,
-        device,
-        warm=6 if row.unit == "s" else 0,
-    )
-    if row.unit == "MB":
-        figures = results
-    work, reference = (
-        statistics.median(figures[0]),
-        statistics.median(figures[1]) if row.reference else None,
-    )
-    differ = difference(results[0][-1], results[1][-1]) if row.tolerance else None
-    best = max(
-        (cost / min(times) for (_, cost), times in zip(convolutions, figures[len(calls) :])),
-        default=None,
-    )
-    return work, reference, differ, row.peak[0] / work / best if row.peak else None
+    """The row's calls, taken in turns -> Measured"""
+    calls = [row.work]
+    if row.reference:
+        calls.append(row.reference)
+    convolutions = []
+    if row.peak:
+        convolutions = peak_convolutions(device, row.peak[1])
+    every = [*calls, *(call for call, _ in convolutions)]
+    # a process of its own is as cold each time; elsewhere six turns, until a step takes no new
+    # memory from the system, page by page
+    warm = 0 if row.unit == "MB" else 6
+    seconds, results = interleaved(every, repeats, device, warm)
+    figures = results if row.unit == "MB" else seconds
+    reference = differ = share = None
+    work = statistics.median(figures[0])
+    if row.reference:
+        reference = statistics.median(figures[1])
+    if row.tolerance:
+        differ = difference(results[0][-1], results[1][-1])
+    if row.peak:
+        costs = [cost for _, cost in convolutions]
+        fastest = [min(times) for times in seconds[len(calls) :]]
+        best = max(cost / time for cost, time in zip(costs, fastest, strict=True))
+        share = row.peak[0] / work / best
+    return Measured(work, reference, differ, share)
 
 
 def interleaved(calls, repeats, device, warm=6):
-    """Each of `calls` in turn, `repeats` times after `warm` turns that do not count: (seconds, results), a list a call."""
+    """Each of `calls` in turn, `repeats` times after `warm` turns that do not count.
+
+    returns : (seconds, results), a list a call
+    """
     seconds, results = [[] for _ in calls], [[] for _ in calls]
-    for repeat in range(
-        -warm, repeats
-    ):  # six, until a step takes no new memory from the system, page by page
-        for call, times, values in zip(calls, seconds, results):
+    for repeat in range(-warm, repeats):
+        for call, times, values in zip(calls, seconds, results, strict=True):
             begun = time.perf_counter()
             value = call()
             if device.type == "cuda":
@@ -624,27 +691,35 @@ def interleaved(calls, repeats, device, warm=6):
 
 
 def difference(a, b):
-    a, b = (np.asarray(v.cpu() if torch.is_tensor(v) else v, np.float64) for v in (a, b))
+    """The largest, over the largest number in b."""
+    a, b = as_float64(a), as_float64(b)
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
+def as_float64(value):
+    if torch.is_tensor(value):
+        value = value.cpu()
+    return np.asarray(value, np.float64)
+
+
 def peak_convolutions(device, dtype):
-    """[(call, FLOPs)] of large 3 x 3 convolutions, forward and backward, channels last, which is never the slower layout."""
+    """[(call, FLOPs)] of large 3 x 3 convolutions, forward and backward.
+
+    Channels last, which is never the slower layout.
+    """
 
     def one(n, c, size):
-        conv = nn.Conv2d(c, c, 3, padding=1, bias=False, device=device, dtype=dtype).to(
-            memory_format=torch.channels_last
-        )
-        x, gradient = (
-            torch.randn(n, c, size, size, device=device, dtype=dtype).contiguous(
-                memory_format=torch.channels_last
-            )
-            for _ in range(2)
-        )
+        conv = nn.Conv2d(c, c, 3, padding=1, bias=False, device=device, dtype=dtype)
+        conv = conv.to(memory_format=LAST)
+        x = torch.randn(n, c, size, size, device=device, dtype=dtype)
+        x = x.contiguous(memory_format=LAST)
+        gradient = torch.randn_like(x)
         x.requires_grad_()
-        return lambda: torch.autograd.grad(
-            conv(x), (x, conv.weight), gradient
-        ), 3 * 2 * n * c * c * 9 * size * size
+
+        def call():
+            return torch.autograd.grad(conv(x), (x, conv.weight), gradient)
+
+        return call, 3 * 2 * n * c * c * 9 * size * size
 
     return [one(32, 256, 16), one(8, 256, 64)]
 
@@ -662,52 +737,55 @@ def batch(device):
 # ---- the script ----
 
 
-def line(name, row, repeats, device):
-    work, reference, differ, share = measure(row, repeats, device)
+def print_line(name, row, repeats, device):
+    """The row's figures, beside what was asked of them."""
+    found = measure(row, repeats, device)
     sign, bound, *unit = row.target.split()
-    ratio = work if unit == ["s"] else reference / work if unit == ["x"] else work / reference
-    met = (ratio >= float(bound)) if sign == ">=" else (ratio <= float(bound))
-    met &= differ is None or differ <= row.tolerance
-    met &= not (share and row.peak[2]) or share >= float(row.peak[2].split()[1])
-    cells = [
-        f"{work:.3f} {row.unit}",
-        f"{reference:.3f} {row.unit}" if reference else "",
-        f"{ratio:.3f}",
-        row.target,
-        f"{share:.2f} {row.peak[2]}" if share else "",
-        f"{differ:.0e} <= {row.tolerance:.0e}" if differ is not None else "",
-        "met" if met else "MISSED",
-    ]
-    print(format_row(name, *cells), flush=True)
+    if unit == ["s"]:
+        ratio = found.work
+    elif unit == ["x"]:
+        ratio = found.reference / found.work
+    else:
+        ratio = found.work / found.reference
+    met = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
+    reference = peak = differ = ""
+    if found.reference:
+        reference = f"{found.reference:.3f} {row.unit}"
+    if found.share:
+        least = row.peak[2]
+        peak = f"{found.share:.2f} "
+        if least:
+            peak += f">= {least}"
+            met &= found.share >= least
+    if found.differ is not None:
+        differ = f"{found.differ:.0e} <= {row.tolerance:.0e}"
+        met &= found.differ <= row.tolerance
+    work, verdict = f"{found.work:.3f} {row.unit}", "met" if met else "MISSED"
+    print_cells(name, work, reference, f"{ratio:.3f}", row.target, peak, differ, verdict)
 
 
-def format_row(*cells):
-    return "".join(f"{cell:{width}}" for cell, width in zip(cells, (18, 13, 13, 9, 11, 15, 18, 0)))
+def print_cells(*cells):
+    widths = (18, 13, 13, 9, 11, 15, 18, 0)
+    line = "".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False))
+    print(line, flush=True)
 
 
 def main(argv=None):
-    p = edges.Parser(
-        __doc__
-        + "\n".join(f"    {name:18}{row.__doc__}" for name, row in ROWS.items())
-        + f"\n    {'gpu':18}{gpu.__doc__}"
-    )
-    p.add_argument("rows", nargs="*", metavar="ROW", help="all of them where none is named")
-    p.add_argument("--repeats", type=edges.whole(1), default=5)
-    p.add_argument("--device", type=edges.device, default="auto")
-    a = p.parse_args(argv)
-    if unknown := set(a.rows) - {*ROWS, "gpu"}:
-        p.error(f"got {', '.join(sorted(unknown))}; expected rows of the table")
-    device = edges.open_device(a.device)
+    """The table of the rows that are named."""
+    a = parse_args(argv)
+    device = cli.open_device(a.device)
     if "gpu" in a.rows and device.type != "cuda":
         raise ValueError(
             f"gpu: the device is {device}; expected a GPU that torch sees; name other rows"
         )
     print(f"{machine(device)}; median of {a.repeats}\n")
-    print(format_row("row", "work", "reference", "ratio", "target", "of peak", "differ"))
-    for name in [name for name in a.rows or ROWS if name != "gpu"]:
+    print_cells("row", "work", "reference", "ratio", "target", "of peak", "differ")
+    for name in a.rows or ROWS:
+        if name == "gpu":
+            continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                line(name, ROWS[name](device, Path(folder)), a.repeats, device)
+                print_line(name, ROWS[name](device, Path(folder)), a.repeats, device)
             except FileNotFoundError as e:
                 print(f"{name:18}skipped: {e}")
         gc.collect()
@@ -716,14 +794,27 @@ def main(argv=None):
             gpu(device, Path(folder), a.repeats)
 
 
+def parse_args(argv):
+    every = ROWS | {"gpu": gpu}
+    rows = "\n".join(f"    {name:18}{row.__doc__}" for name, row in every.items())
+    p = cli.Parser(__doc__ + rows)
+    p.add_argument("rows", nargs="*", metavar="ROW", help="all of them where none is named")
+    p.add_argument("--repeats", type=cli.whole(1), default=5)
+    p.add_argument("--device", type=cli.device, default="auto")
+    a = p.parse_args(argv)
+    unknown = sorted(set(a.rows) - set(every))
+    if unknown:
+        p.error(f"got {', '.join(unknown)}; expected rows of the table")
+    return a
+
+
 def machine(device):
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    """What was measured on, in one line."""
+    name = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":
-    sys.exit(edges.run(main))
+    sys.exit(cli.run(main))
