@@ -81,29 +81,44 @@ def cosine_schedule(T=4000):
 
 
 def respace(schedule, steps):
-    """The chain of `steps` steps at a whole stride through `schedule`, as `ddimN` does.
+    """The chain of some steps of `schedule`.
 
-    The stride is the smallest that leaves N of the 0-based steps 0, stride, 2 stride, ..., as in
-    improved-diffusion.
+    steps : how many, evenly spread (`evenly`), or the t to keep, ascending, 1..T
     alpha_bar is kept and alpha recomputed as abar_i / abar_{i-1} of the new chain.
     CHOICE: only under that reading of alpha do Cas-DM Eqs. 16 and 17 agree.
-    CHOICE: the paper says "re-space to 100"; improved-diffusion's `100` would start where abar is
-    1.5e-10.
-    ValueError where no whole stride gives N steps.
+    ValueError for anything that is not one or more different steps of 1..T.
     """
     T = len(schedule.beta) - 1
-    strides = [s for s in range(1, T + 1) if len(range(0, T, s)) == steps]
-    if not strides:
-        possible = {len(range(0, T, s)) for s in range(1, T + 1)}
-        nearest = sorted(sorted(possible, key=lambda n: abs(n - steps))[:4])
+    if isinstance(steps, int):
+        steps = evenly(T, steps)
+    steps = list(steps)
+    if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] > T:
         raise ValueError(
-            f"{steps} sampling steps have no whole stride through T = {T}; "
-            f"expected a number that has; use {', '.join(map(str, nearest))}"
+            f"sampling steps {', '.join(map(str, steps[:5])) or 'none'}, ...; expected different "
+            f"numbers from 1 to {T}, ascending; choose others"
         )
-    kept = torch.tensor([0, *range(1, T + 1, strides[0])], device=schedule.step.device)
+    kept = torch.tensor([0, *steps], device=schedule.step.device)
     alpha_bar = schedule.alpha_bar[kept]
     alpha = alpha_bar / _previous(alpha_bar)
     return Schedule(1 - alpha, alpha, alpha_bar, schedule.step[kept])
+
+
+def evenly(T, n):
+    """n of the steps 1..T, from 1 up -> [t, ...]
+
+    1, 1 + stride, 1 + 2 stride, ... where a whole stride leaves n of them: improved-diffusion's
+    `ddimN`.  Elsewhere 1 + floor(i T / n), as even as whole numbers allow: DDIM's linear rule
+    (DDIM App. D.2).  The last is below T: 10 of 4000 steps begin pure noise at t = 3601, where
+    sqrt(abar_t) of the cosine schedule is 0.155.
+    CHOICE: the paper says "re-space to 100"; improved-diffusion's `100` would start where abar is
+    1.5e-10.
+    """
+    if not 1 <= n <= T:
+        raise ValueError(f"{n} sampling steps; expected 1 to {T}, the steps of the schedule")
+    stride = -(-T // n)  # the only whole one that can leave n
+    if len(range(0, T, stride)) == n:
+        return list(range(1, T + 1, stride))
+    return [1 + i * T // n for i in range(n)]
 
 
 def _schedule(beta):

@@ -40,11 +40,10 @@ from scipy.linalg import blas
 
 from data import DATASETS, raw_images, to_pixels
 from inception import InceptionFeatures
-from sample import Sampler
+from sample import check_sampler, open_model, open_sampler, sampler_defaults, sampler_flags
 from support import cli, parallel
 from support.files import atomic, read_npz
 from support.images import cache_folder
-from support.models import load_model
 
 SPLIT = 5000  # images a split of the Inception Score
 STEADY = 2048  # below so many images the covariance of pool_3 is singular
@@ -430,9 +429,8 @@ def open_side(source, a, device):
             f"a checkpoint .pt, or one of {', '.join(DATASETS)}; check the path"
         )
     if is_checkpoint(source):
-        model, _, settings = load_model(path, device)
-        sampler = Sampler(model, settings["image_size"], a.steps, a.seed)
-        return sampled(sampler, a.n, a.batch_size), a.n
+        model, settings = open_model(a, path, device)
+        return sampled(open_sampler(a, model, settings), a.n, a.batch_size), a.n
     if path.suffix == ".npz" and read_npz(path, ["mu"]):
         return load_statistics(path)
     images = raw_images(source, a.data_dir, a.skip_bad)
@@ -505,8 +503,7 @@ def parse_args(argv):
         default=10000,
         help="images to sample; the paper takes 50000 for CIFAR-10",
     )
-    how.add_argument("--steps", type=cli.whole(1), default=100, help="DDIM steps")
-    how.add_argument("--seed", type=cli.whole(0), default=0)
+    sampler_flags(how)
     where = p.add_argument_group("where")
     where.add_argument("--data-dir", type=Path, help="where a named data set lies")
     where.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="save A's statistics")
@@ -525,8 +522,9 @@ def parse_args(argv):
         )
     if a.save_stats and a.save_stats.suffix != ".npz":
         p.error(f"--save-stats {a.save_stats}: expected FILE.npz")
+    check_sampler(p, a)
     if not (is_checkpoint(a.A) or is_checkpoint(a.B)):
-        for flag in ("n", "steps", "seed"):
+        for flag in ("n", *vars(sampler_defaults())):
             if getattr(a, flag) != p.get_default(flag):
                 p.error(f"--{flag} is for sampling, and neither A nor B is a checkpoint .pt")
     return a
@@ -540,8 +538,10 @@ def main(argv=None):
             f"{a.save_stats.absolute().parent} does not exist; "
             "expected --save-stats in a folder that does; make it first"
         )
-    note = sys.stderr if a.json else sys.stdout
     device = parallel.begin(cli.open_device(a.device))
+    note = sys.stdout  # which begin() has closed to every rank but the first
+    if a.json and parallel.rank() == 0:
+        note = sys.stderr
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
     with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
     if a.precision_recall and len(with_images) < 2:

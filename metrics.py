@@ -71,6 +71,7 @@ class FeatureDistance(nn.Module):
 class LPIPS(FeatureDistance):
     """sum_l mean_hw sum_c w_lc (f_lc - g_lc)^2 of features of unit length          (LPIPS Eq. 1)
 
+    LPIPS(T(x0), T(x0')) is the paper's metric                                  (Cas-DM Eq. 13).
     weights : w_l of each layer, [1, C, 1, 1]
     """
 

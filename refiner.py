@@ -33,7 +33,7 @@ DEFAULTS = {
     "image_size": 32,
     "channels": 128,
     "res_blocks": 3,
-    "dropout": 0.0,
+    "dropout": 0.0,  # CHOICE: improved-diffusion's default; the paper names none
     "schedule": "cosine",
     "T": 4000,
     "num_classes": None,
@@ -133,7 +133,7 @@ class DualDiffusion(Model):
 
 
 class CasDM(Model):
-    """theta predicts the noise, phi refines the clean image that it implies.
+    """theta predicts the noise, phi refines the clean image that it implies   (Cas-DM figure 1)
 
     Figure 3, what trains what:
 

@@ -6,6 +6,7 @@ r"""Noise to images: figure 2 of the paper, by DDIM.
     python sample.py CHECKPOINT --n 50000 --out images.npz   arr_0 uint8 [N, H, W, 3], for fid.py
     python sample.py CHECKPOINT --n 1000 --out FOLDER        one PNG an image
     python sample.py CHECKPOINT --trace trace.png            x_t, x0*, x0' and r_t over the steps
+    python sample.py CHECKPOINT --sampler dpm++ --steps 10   few steps, by neighbours/solvers.py
     python sample.py CHECKPOINT --label 3                    one class, of a model with classes
 
 Samples come from the moving average of the weights (--raw: from the trained ones).  Image i
@@ -13,6 +14,7 @@ follows from (seed, i) alone: it is the same for any --n and --batch-size, its n
 pixels within one level.  What a checkpoint needs to be rebuilt is inside it; no flag repeats it.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -88,7 +90,7 @@ class Sampler:
         self.model, self.shape, self.seed = model, (3, image_size, image_size), seed
         self.device = next(model.parameters()).device
         self.chain = respace(model.schedule, steps)
-        self.make_step = make_step or (lambda noise, y: Ddim())
+        self.name, self.make_step = "ddim", make_step or (lambda noise, y: Ddim())
         self.classes, self.label = model.num_classes, None
 
     def __call__(self, first, n, watch=None):
@@ -105,6 +107,12 @@ class Sampler:
                 "expected finite weights and activations; use an earlier checkpoint"
             )
         return x0
+
+    def described(self):
+        """How many steps of what, and from where: few steps begin pure noise below t = T."""
+        t, signal = self.chain.step[-1].item(), self.chain.alpha_bar[-1].sqrt().item()
+        steps = len(self.chain.step) - 1
+        return f"{steps} steps of {self.name} from t = {t} (sqrt(abar_t) = {signal:.3f})"
 
     def labels(self, first, n):
         """[n] int64, or None where there are no classes."""
@@ -139,11 +147,12 @@ def main(argv=None):
     """Samples, a trace, or what a neighbour does instead."""
     a = parse_args(argv)
     device = parallel.begin(cli.open_device(a.device))
-    model, _, settings = load_model(a.checkpoint, device, a.raw)
+    model, settings = open_model(a, a.checkpoint, device)
     for neighbour in neighbours():
         if neighbour.instead(a, model, settings):
             return
     check_writable(a.trace or a.out)
+    set_precision(model, a.precision)
     sampler = open_sampler(a, model, settings)
     if a.trace:
         draw_trace(sampler, a.trace)
@@ -151,14 +160,40 @@ def main(argv=None):
         write_images(a, sampler)
     what = "a trace" if a.trace else f"{a.n} images"
     weights = "trained" if a.raw else "EMA"
-    print(f"{what} of {weights} weights written to {(a.trace or a.out).absolute()}")
+    print(
+        f"{what} of {weights} weights, {sampler.described()}, "
+        f"written to {(a.trace or a.out).absolute()}"
+    )
+
+
+def open_model(a, path, device):
+    """(model, settings) of a checkpoint, or of what a neighbour can open."""
+    for neighbour in neighbours():
+        opened = neighbour.open(a, path)
+        if opened:
+            model, settings = opened
+            return model.to(device).eval(), settings
+    model, _, settings = load_model(path, device, a.raw)
+    return model, settings
 
 
 def open_sampler(a, model, settings):
-    """The Sampler that the arguments describe; ValueError where the model cannot do it."""
-    set_precision(model, a.precision)
-    make_step = samplers()[a.sampler](a, settings)
-    sampler = Sampler(model, settings["image_size"], a.steps, a.seed, make_step)
+    """The Sampler that the arguments describe; ValueError where the model cannot do it.
+
+    Its sampler and its steps are the settings' own where none were typed.
+    """
+    name = a.sampler or settings.get("sampler", "ddim")
+    if a.eta is not None:
+        name = "ddim"
+    if name not in samplers():
+        raise ValueError(
+            f"the model's sampler is {name}; "
+            f"expected {', '.join(samplers())}; name one by --sampler"
+        )
+    T = len(model.schedule.beta) - 1
+    steps = a.steps or min(T, settings.get("sample_steps", 100))
+    sampler = Sampler(model, settings["image_size"], steps, a.seed)
+    sampler.name, sampler.make_step = name, samplers()[name](a, settings)
     for neighbour in neighbours():
         neighbour.steer(a, sampler, settings)
     if a.label is not None and a.label >= (sampler.classes or 0):
@@ -192,7 +227,8 @@ def draw_trace(sampler, path, most=10):
 def write_images(a, sampler):
     """--n images to --out, each rank drawing its share."""
     pixels = []
-    with cli.progress(a.n * a.steps, "sampling", "step") as bar:
+    steps = len(sampler.chain.step) - 1
+    with cli.progress(a.n * steps, "sampling", "step") as bar:
         for first, n in parallel.share(a.n, a.batch_size):
             done = n * parallel.size()
             images = sampler(first, n, lambda *_, done=done: bar.update(done))
@@ -213,38 +249,66 @@ def parse_args(argv):
     p = cli.Parser(__doc__)
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--n", type=cli.whole(1), default=64, help="images")
-    text = "sampling steps; a whole stride through T must give them"
-    p.add_argument("--steps", type=cli.whole(1), default=100, help=text)
-    text = "ddim: the paper's; ddpm: ancestral sampling"
-    p.add_argument("--sampler", choices=samplers(), default="ddim", help=text)
-    text = "of --sampler ddim; 0: deterministic; 1: the noise of the posterior (default: 0)"
-    p.add_argument("--eta", type=cli.real(0, 1), help=text)
-    p.add_argument("--seed", type=cli.whole(0), default=0)
-    text = "the trained weights instead of their moving average"
-    p.add_argument("--raw", action="store_true", help=text)
-    text = "all images of class K, 0, 1, ... (default: every class in turn)"
-    p.add_argument("--label", type=cli.whole(0), metavar="K", help=text)
     text = "draw one image's way instead: x_t, x0*, x0' and r_t over the steps"
     p.add_argument("--trace", type=Path, metavar="FILE.png", help=text)
     where = p.add_argument_group("where")
-    text = "FILE.png: a grid; FILE.npz: arr_0 uint8 [N, H, W, 3]; else a folder of PNGs"
-    where.add_argument("--out", type=Path, default=Path("samples.png"), help=text)
+    text = (
+        "FILE.png: a grid; FILE.npz: arr_0 uint8 [N, H, W, 3]; else a folder of PNGs "
+        "(default: samples.png)"
+    )
+    where.add_argument("--out", type=Path, help=text)
     where.add_argument("--batch-size", type=cli.whole(1, 1_000_000), default=64)
     text = "bf16: the networks under autocast"
     where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
     where.add_argument("--device", type=cli.device, default="auto")
+    sampler_flags(p.add_argument_group("how"))
     for neighbour in neighbours():
         neighbour.sample_flags(p)
     a = p.parse_args(argv)
+    if a.out and a.trace:
+        p.error(f"--out {a.out} is for samples, and --trace draws none; leave one of them out")
+    for neighbour in neighbours():
+        neighbour.check_sample(p, a)
+    a.out = a.out or Path("samples.png")
     if a.out.suffix not in ("", ".png", ".npz"):
         p.error(f"--out {a.out}: expected FILE.png, FILE.npz or a folder's name without a dot")
     if a.trace and a.trace.suffix != ".png":
         p.error(f"--trace {a.trace}: expected FILE.png")
-    if a.eta is not None and a.sampler != "ddim":
-        p.error("--eta is DDIM's; leave it out, or leave --sampler out")
-    for neighbour in neighbours():
-        neighbour.check_sample(p, a)
+    check_sampler(p, a)
     return a
+
+
+def sampler_flags(p):
+    """How images are drawn, here and by fid.py."""
+    text = "sampling steps, 1 to T (default: the run's --sample-steps; the paper's 100)"
+    p.add_argument("--steps", type=cli.whole(1), help=text)
+    text = (
+        "ddim: the paper's; ddpm: ancestral; dpm++: of second order, for few steps "
+        "(default: the run's --sampler; the paper's ddim)"
+    )
+    p.add_argument("--sampler", choices=samplers(), help=text)
+    text = "of ddim; 0: deterministic; 1: the noise of the posterior (default: 0)"
+    p.add_argument("--eta", type=cli.real(0, 1), help=text)
+    p.add_argument("--seed", type=cli.whole(0), default=0, help="of the noise")
+    text = "the trained weights instead of their moving average"
+    p.add_argument("--raw", action="store_true", help=text)
+    text = "all images of class K, 0, 1, ... (default: every class in turn)"
+    p.add_argument("--label", type=cli.whole(0), metavar="K", help=text)
+    for neighbour in neighbours():
+        neighbour.sampler_flags(p)
+
+
+def check_sampler(p, a):
+    """p.error, one line, where two of `sampler_flags` contradict each other."""
+    if a.eta is not None and a.sampler not in (None, "ddim"):
+        p.error("--eta is DDIM's; leave it out, or leave --sampler out")
+
+
+def sampler_defaults():
+    """What `sampler_flags` give where none is typed."""
+    p = argparse.ArgumentParser()
+    sampler_flags(p)
+    return p.parse_args([])
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ ROWS = (
         "what the metric sees: 224 x 224, in [0, 1]",
         r"T : [-1, 1]^{H \times W} \to [0, 1]^{224 \times 224}",
         "metrics.T",
-        "test_eq13_lpips_is_piqs_on_T_of_the_images",
+        "test_eq13_T_resizes_to_224_and_to_the_unit_range",
     ),
     Row(
         "Eqs. 14, 15",
@@ -222,12 +222,8 @@ def page():
 
 def section(row):
     """The lines of one equation."""
-    module, *path = row.code.split(".")
-    function = importlib.import_module(module)
-    for name in path:
-        function = getattr(function, name)
-    function = inspect.unwrap(function)
-    source, first = inspect.getsourcelines(function)
+    module = row.code.split(".")[0]
+    source, first = inspect.getsourcelines(find_code(row.code))
     test, line = find_test(row.test)
     return [
         f"## {row.name}: {row.what}",
@@ -243,6 +239,15 @@ def section(row):
         "```",
         "",
     ]
+
+
+def find_code(name):
+    """The function or class called module.function, module.Class or module.Class.method."""
+    module, *path = name.split(".")
+    found = importlib.import_module(module)
+    for part in path:
+        found = getattr(found, part)
+    return inspect.unwrap(found)
 
 
 def dedented(source):

@@ -8,6 +8,7 @@ from neighbours.classifier_free import FreeGuidance
 from neighbours.guidance import Guidance
 from neighbours.perceptual import Perceptual
 from neighbours.published import Published
+from neighbours.solvers import Solvers
 from neighbours.variance import Variance
 
 NEIGHBOURS = (
@@ -16,4 +17,5 @@ NEIGHBOURS = (
     Guidance(),
     Perceptual(),
     Published(),
+    Solvers(),
 )

@@ -65,7 +65,7 @@ class FreeGuidance(Neighbour):
         if s["label_dropout"] and not s["class_cond"]:
             raise ValueError("--label-dropout drops labels; expected --class-cond too")
 
-    def sample_flags(self, p):
+    def sampler_flags(self, p):
         text = "classifier-free guidance: (1 + W) eps_label - W eps_null (default: 0)"
         p.add_argument("--cfg", type=cli.real(0), metavar="W", help=text)
 

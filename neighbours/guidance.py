@@ -133,7 +133,7 @@ class AttentionPool(nn.Module):
 class Guidance(Neighbour):
     models = {"classifier": Classifier}
 
-    def implied(self, s):
+    def implied(self, s, typed):
         return {"sample_every": 0} if s["model"] in self.models else {}
 
     def check(self, s):
@@ -148,7 +148,7 @@ class Guidance(Neighbour):
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{flag} means nothing to --model classifier; leave it out")
 
-    def sample_flags(self, p):
+    def sampler_flags(self, p):
         group = p.add_argument_group("guided by a classifier")
         text = "guide by this classifier, which train.py --model classifier made"
         group.add_argument("--classifier", type=Path, metavar="CLF.pt", help=text)
@@ -170,7 +170,7 @@ class Guidance(Neighbour):
         classes = theirs["num_classes"]
         if settings.get("num_classes") not in (None, classes):
             raise ValueError(
-                f"{a.classifier} has {classes} classes and {a.checkpoint} "
+                f"{a.classifier} has {classes} classes and the model "
                 f"{settings['num_classes']}; expected the same labels; train one again"
             )
         scale = 1.0 if a.guidance is None else a.guidance

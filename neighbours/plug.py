@@ -16,8 +16,8 @@ class Neighbour:
     def train_flags(self, flag):
         """Adds its flags by `flag(name, help, **how)`, as argparse takes them."""
 
-    def implied(self, s):
-        """Settings that follow from its own, unless they were typed -> {key: value}"""
+    def implied(self, s, typed):
+        """Settings that follow from others, unless they are among the `typed` -> {key: value}"""
         return {}
 
     def check(self, s):
@@ -42,13 +42,19 @@ class Neighbour:
     def start(self, model, s, metrics):
         """Gives a new run's model the weights that it begins with."""
 
-    # ---- sample.py ----
+    # ---- sample.py, and fid.py where it samples ----
+
+    def sampler_flags(self, p):
+        """Adds to an argparse parser its flags of how images are drawn."""
 
     def sample_flags(self, p):
-        """Adds its groups of flags to an argparse parser."""
+        """Adds its flags of sample.py alone."""
 
     def check_sample(self, p, a):
-        """p.error, one line, for what the arguments alone show to be wrong."""
+        """p.error, one line, for what sample.py's arguments alone show to be wrong."""
+
+    def open(self, a, path):
+        """(model, settings) of a file of its own kind, where the arguments say that it is one."""
 
     def instead(self, a, model, settings):
         """Does its own work instead of sampling, and returns True, where the arguments say so."""

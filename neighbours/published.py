@@ -1,17 +1,71 @@
-r"""OpenAI's improved-diffusion checkpoints, as the weights that a run starts from.
+r"""OpenAI's improved-diffusion checkpoints: sampled as they are, or as what a run starts from.
 
+    python sample.py FILE.pt --published cosine:4000         sampled; so does fid.py
     python train.py --model casdm --init-eps FILE.pt ...     theta starts from them
     python train.py --model ddpm --init-eps FILE.pt ...      so does a DDPM that predicts eps
 
-The flags must describe the network that the file holds: --image-size, --channels, --res-blocks.
+A file holds the network alone.  Its size, channels and blocks are read off its tensors; the
+schedule that it was trained with must be said.  Where it learned its variance, `--sampler ddpm`
+and `--bits-per-dim` use it.
 """
 
+import argparse
+import itertools
 from pathlib import Path
 
 import torch
 
+from diffusion import SCHEDULES
 from neighbours.plug import Neighbour
+from refiner import DEFAULTS
+from support import cli
 from support.files import read_tensors
+from support.models import build
+from unet import LEVELS
+
+SPACE = list(itertools.product(LEVELS, range(1, 5)))  # image sizes and blocks that are tried
+
+
+def open_published(path, schedule, T):
+    """(model, settings) of an improved-diffusion file; ValueError where no U-Net of ours fits it.
+
+    schedule : its name in SCHEDULES          T : the steps that it was trained with
+    """
+    state = read_tensors(path, "improved-diffusion checkpoint")
+    shapes = [tensor.shape for tensor in tensors_of(state, path)]
+    settings = {"model": "ddpm", "schedule": schedule, "T": T}
+    settings["channels"] = shapes[0][-1] if shapes and len(shapes[0]) == 2 else 0
+    learned = bool(shapes) and shapes[-1][:1] == (6,)  # eps and v
+    settings |= {"learn_sigma": learned, "objective": "hybrid" if learned else "simple"}
+    for image_size, res_blocks in SPACE:
+        settings |= {"image_size": image_size, "res_blocks": res_blocks}
+        if own_shapes(settings) == shapes:
+            model = build(settings)
+            load_published(model.theta, state, path)
+            return model, DEFAULTS | settings
+    raise ValueError(
+        f"{path} holds {len(shapes)} tensors that fit no U-Net of ours; expected "
+        "improved-diffusion's, with scale-shift norms, 4 heads and no classes; check the file"
+    )
+
+
+def own_shapes(settings):
+    """The shapes of our U-Net's tensors, or None where it cannot have the size."""
+    try:
+        with torch.device("meta"):
+            return [tensor.shape for tensor in build(settings).theta.state_dict().values()]
+    except ValueError:
+        return None
+
+
+def tensors_of(state, source):
+    """The tensors of a state dict, in their order; ValueError for anything else."""
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{source} holds a {type(state).__name__}; expected a dict of tensors, "
+            "a network's state dict; give improved-diffusion's own file"
+        )
+    return [tensor for tensor in state.values() if isinstance(tensor, torch.Tensor)]
 
 
 def load_published(net, state, source):
@@ -21,13 +75,8 @@ def load_published(net, state, source):
             learned-variance head (twice net's output channels) the first half, eps, is kept
     ValueError for anything else, naming the first tensor that does not fit.
     """
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{source} holds a {type(state).__name__}; expected a dict of tensors, "
-            "a network's state dict; give improved-diffusion's own file"
-        )
+    theirs = tensors_of(state, source)
     own = net.state_dict()
-    theirs = [tensor for tensor in state.values() if isinstance(tensor, torch.Tensor)]
     advice = "give the size, channels and blocks it was trained with"
     if len(theirs) != len(own):
         raise ValueError(
@@ -47,6 +96,16 @@ def load_published(net, state, source):
 
 
 # ---- the flags ----
+
+
+def schedule_and_T(text):
+    """An argparse type: SCHEDULE:T -> (name, T)"""
+    name, _, steps = text.partition(":")
+    if name not in SCHEDULES:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected SCHEDULE:T, like cosine:4000 or linear:1000"
+        )
+    return name, cli.whole(1, 100_000)(steps)
 
 
 class Published(Neighbour):
@@ -74,3 +133,11 @@ class Published(Neighbour):
         if s["init_eps"]:
             state = read_tensors(s["init_eps"], "improved-diffusion checkpoint")
             load_published(model.theta, state, s["init_eps"])
+
+    def sampler_flags(self, p):
+        text = "the file is improved-diffusion's, trained with this schedule and so many steps"
+        p.add_argument("--published", type=schedule_and_T, metavar="SCHEDULE:T", help=text)
+
+    def open(self, a, path):
+        if a.published:
+            return open_published(path, *a.published)

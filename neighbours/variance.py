@@ -113,8 +113,8 @@ def variance_of(a, settings):
     learned = settings.get("learn_sigma")
     if a.variance == "learned" and not learned:
         raise ValueError(
-            f"--variance learned: {a.checkpoint} learned none; "
-            "expected a model trained with --learn-sigma; use small or large"
+            "--variance learned: the model learned none; "
+            "expected one trained with --learn-sigma; use small or large"
         )
     return a.variance or ("learned" if learned else "small")
 
@@ -285,7 +285,7 @@ class Variance(Neighbour):
         flag("learn-sigma", text, action="store_true", default=None)
         flag("objective", "of DDPM's eps mode; hybrid with --learn-sigma", choices=OBJECTIVES)
 
-    def implied(self, s):
+    def implied(self, s, typed):
         return {"objective": "hybrid"} if s["learn_sigma"] else {}
 
     def check(self, s):
@@ -308,13 +308,15 @@ class Variance(Neighbour):
     def draws(self, s):
         return [ImportanceSampler(s["T"])] if s["objective"] == "vlb" else []
 
-    def sample_flags(self, p):
+    def sampler_flags(self, p):
         p.add_argument(
             "--variance",
             choices=VARIANCES,
             help="of --sampler ddpm and of the bound: beta~_t, beta_t or the model's own "
             "(default: learned if it is, else small)",
         )
+
+    def sample_flags(self, p):
         bits = p.add_argument_group("instead of sampling")
         text = "print the variational bound of --n images of --data, over --steps steps"
         bits.add_argument("--bits-per-dim", action="store_true", help=text)
@@ -329,7 +331,7 @@ class Variance(Neighbour):
             p.error("--bits-per-dim and --data go together: the bound is that of given images")
         if not a.bits_per_dim:
             return
-        for flag in ("trace", "eta", "label", "cfg", "classifier"):
+        for flag in ("out", "trace", "eta", "label", "cfg", "classifier"):
             if getattr(a, flag, None) is not None:
                 p.error(f"--{flag} means nothing to --bits-per-dim; leave it out")
         if a.precision != "fp32":
@@ -348,13 +350,14 @@ def print_bits(a, model, settings):
     labels = images.labels if model.num_classes else None
     if model.num_classes and (labels is None or labels.max() >= model.num_classes):
         raise ValueError(
-            f"{a.data} lacks the labels that {a.checkpoint} was trained with; "
+            f"{a.data} lacks the labels that the model was trained with; "
             "expected labelled images; name the set that it was trained on"
         )
     n = min(a.n, len(images.pixels))
+    n_steps = a.steps or min(100, len(model.schedule.beta) - 1)
     chosen, found = batch_indices(len(images.pixels), n, 0, a.seed), []
     device = next(model.parameters()).device
-    with cli.progress(n * a.steps, "bound", "step") as bar:
+    with cli.progress(n * n_steps, "bound", "step") as bar:
         for first, count in parallel.share(n, a.batch_size):
             part = chosen[first : first + count]
             x0 = from_pixels(images.pixels[part]).to(device)
@@ -362,15 +365,15 @@ def print_bits(a, model, settings):
             y = None if labels is None else torch.from_numpy(labels[part]).to(device)
             done = count * parallel.size()
             watch = functools.partial(bar.update, done)
-            bits = bits_per_dim(model, x0, a.steps, kind, noise, y, watch)
+            bits = bits_per_dim(model, x0, n_steps, kind, noise, y, watch)
             found.append(parallel.concat(bits).double().cpu())
     found = torch.cat(found)
-    steps = respace(model.schedule, a.steps).step.tolist()[1:]
+    steps = respace(model.schedule, n_steps).step.tolist()[1:]
     for name, term in zip([*steps, "prior"], found.mean(0).tolist(), strict=True):
         print(f"t {name:>6}  {term:.6f}")
     sums = found.sum(1)
     spread = sums.std().item() / n**0.5 if n > 1 else math.nan
     print(
         f"{sums.mean().item():.4f} +- {spread:.4f} bits/dim of {n} images of {a.data}, "
-        f"{a.steps} steps, {kind} variance"
+        f"{n_steps} steps, {kind} variance"
     )

@@ -1,5 +1,6 @@
 """Chance: every draw follows from (seed, purpose, index), so that nothing needs a saved state."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +13,7 @@ def stream(seed, purpose, index):
 
 
 class StepDraws:
-    """All that a training step draws, for the global batch: the same for any number of processes.
+    """All that training steps draw, for the global batch: the same for any number of processes.
 
     labels : [N] int64 of the images, or None          extras : what neighbours draw beside
     """
@@ -21,22 +22,43 @@ class StepDraws:
         self.settings, self.labels, self.extras = settings, labels, extras
         self.images, self.shape = len(pixels), (3, *pixels.shape[1:3])
 
-    def __call__(self, step):
-        """(which images [n], {field of losses.Batch: [n, ...]}, a seed for dropout)"""
+    def __call__(self, steps):
+        """For each step (which images [n], {field of losses.Batch: [n, ...]}, dropout's seed).
+
+        t and eps are drawn during the step before; the rest may depend on what that step found.
+        """
+        for rng, image, drawn, dropout in ahead(map(self.begin, steps)):
+            if self.settings["num_classes"]:
+                drawn["y"] = self.draw_labels(rng, image)
+            for extra in self.extras:
+                drawn |= extra.draw(rng, len(image))
+            yield image, drawn, dropout
+
+    def begin(self, step):
         s, n = self.settings, self.settings["batch_size"]
         rng = stream(s["seed"], "step", step)
         image = batch_indices(self.images, n, step, s["seed"])
-        drawn = {
-            "t": rng.integers(1, s["T"] + 1, n),
-            "eps": rng.standard_normal((n, *self.shape), dtype="float32"),
-        }
-        dropout = int(rng.integers(2**31))
-        if s["num_classes"]:
-            unlabelled = rng.random(n) < s["label_dropout"]
-            drawn["y"] = np.where(unlabelled, s["num_classes"], self.labels[image])
-        for extra in self.extras:
-            drawn |= extra.draw(rng, n)
-        return image, drawn, dropout
+        t = rng.integers(1, s["T"] + 1, n)
+        eps = rng.standard_normal((n, *self.shape), dtype="float32")
+        return rng, image, {"t": t, "eps": eps}, int(rng.integers(2**31))
+
+    def draw_labels(self, rng, image):
+        # K, which stands for no label, where --label-dropout says so
+        dropped = rng.random(len(image)) < self.settings["label_dropout"]
+        return np.where(dropped, self.settings["num_classes"], self.labels[image])
+
+
+def ahead(items):
+    """The items of an iterator, each made in a thread while the one before it is in use.
+
+    A GPU that is fed by the step's thread alone would wait for numpy's normal numbers.
+    """
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, items, end)
+            yield item
 
 
 class Noise:

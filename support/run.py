@@ -19,7 +19,7 @@ import torch
 import fid
 from data import from_pixels
 from losses import LAMBDAS
-from sample import Sampler
+from sample import open_sampler, sampler_defaults
 from support import cli, parallel, pictures
 from support.checkpoint import write_checkpoint
 from support.draws import StepDraws, stream
@@ -29,7 +29,7 @@ from support.models import build, neighbours, set_precision
 
 LOG_EVERY = 10  # steps; a row is the mean over them
 BEST_BY = "fid"  # the score whose least value makes best.pt
-GRID, GRID_STEPS = 64, 100  # images in samples_STEP.png, and their steps (T where it is smaller)
+GRID = 64  # images in samples_STEP.png
 
 
 class Run:
@@ -64,17 +64,19 @@ class Run:
         if s["compile"]:
             self.raw_model.compile(mode=compile_mode(device, s["accumulate"]))
         self.model = parallel.wrap(self.raw_model)
+        # CHOICE: the paper names no optimiser; AdamW without decay is improved-diffusion's
         self.optimizer = torch.optim.AdamW(self.weights, lr=s["lr"], weight_decay=0.0, fused=True)
 
         self.extras = [extra for neighbour in neighbours() for extra in neighbour.draws(s)]
         self.noting = [extra for extra in self.extras if hasattr(extra, "note")]
-        self.draws = StepDraws(s, images.pixels, images.labels, self.extras)
         self.terms = [*self.raw_model.terms, *self.metrics, "loss"]
         self.step, self.saved, self.bar = 0, None, None
         self.guard = Guard(self.optimizer, self.terms, stop)
         if state:
             self.load(state)
         self.guard.begun = self.step
+        draws = StepDraws(s, images.pixels, images.labels, self.extras)
+        self.draws = draws(range(self.step, s["iterations"]))
 
     # ---- what the loop of train.py calls, in its order ----
 
@@ -97,7 +99,7 @@ class Run:
 
         In as many parts as --accumulate says; the gradient is exchanged in the last of them.
         """
-        image, self.drawn, dropout = self.draws(self.step)
+        image, self.drawn, dropout = next(self.draws)
         torch.manual_seed(dropout + parallel.rank())
         n, parts = len(image), self.settings["accumulate"]
         self.noted = {term: torch.zeros(n, device=self.device) for term in self.raw_model.terms}
@@ -251,8 +253,9 @@ class Run:
 
     def samples(self, n):
         """n images of the moving average, always from the same noise, as fid.sampled's batches."""
-        s = self.settings
-        sampler = Sampler(self.ema, s["image_size"], min(GRID_STEPS, s["T"]), s["seed"])
+        a = sampler_defaults()
+        a.seed = self.settings["seed"]
+        sampler = open_sampler(a, self.ema, self.settings)
         watch = None  # one rank must not leave while the others wait for it
         if parallel.size() == 1:
             watch = self.stop.check

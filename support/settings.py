@@ -10,14 +10,14 @@ import torch
 
 import fid
 from data import CIFAR10_HOME, DATASETS, load_images
-from diffusion import SCHEDULES, respace
+from diffusion import SCHEDULES
 from losses import LAMBDAS
 from metrics import METRICS, FeatureDistance, OnX0
 from refiner import DEFAULTS, MODELS, PREDICTIONS, REFINER_INPUTS, REFINERS
+from sample import samplers
 from support import cli, parallel
 from support.checkpoint import read_checkpoint
 from support.models import build, kind, neighbours
-from support.run import GRID_STEPS
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, where a run takes minutes.
 PAPER = DEFAULTS | {
@@ -36,6 +36,8 @@ PAPER = DEFAULTS | {
     "seed": 0,
     "precision": "fp32",
     "compile": False,
+    "sampler": "ddim",
+    "sample_steps": 100,
     "sample_every": 10_000,
     "save_every": 10_000,
     "eval_every": 0,
@@ -59,6 +61,8 @@ FREE = (
     "save_every",
     "eval_every",
     "eval_samples",
+    "sampler",
+    "sample_steps",
     "data_dir",
 )
 
@@ -146,6 +150,9 @@ def parse_args(doc, argv):
     flag("sample-every", "steps between grids of samples; 0: never", type=whole(0))
     flag("save-every", "steps between checkpoints; 0: only the last", type=whole(0))
     flag("eval-every", "steps between evaluations (FID, sFID, IS); 0: never", type=whole(0))
+    text = "how grids and evaluations are sampled; on shapes dpm++"
+    flag("sampler", text, choices=samplers())
+    flag("sample-steps", "and in how many steps; on shapes 10", type=whole(1))
     text = "images of an evaluation; the paper's 50000 on CIFAR-10"
     flag("eval-samples", text, type=whole(2))
 
@@ -173,7 +180,8 @@ def settings_of(p, a):
         a.typed["data_dir"] = str(Path(a.data_dir).absolute())
     s = every | implied(data) | a.typed
     for neighbour in neighbours():
-        s |= {key: v for key, v in neighbour.implied(s).items() if key not in a.typed}
+        found = neighbour.implied(s, a.typed)
+        s |= {key: value for key, value in found.items() if key not in a.typed}
     if not a.resume:
         try:
             check(s, a.typed)
@@ -221,8 +229,11 @@ def check(s, typed):
             "a metric compares clean images, and neither DDPM's eps mode nor a classifier "
             "learns any; use --predict x0, --model dual or --model casdm"
         )
-    if s["sample_every"] or s["eval_every"]:
-        respace(schedule, min(GRID_STEPS, s["T"]))  # the steps of grids and evaluations
+    if "sample_steps" in typed and s["sample_steps"] > s["T"]:
+        raise ValueError(
+            f"--sample-steps {s['sample_steps']}; expected at most the {s['T']} steps of --T; "
+            "use fewer"
+        )
 
 
 def parse_metric(text):

@@ -20,3 +20,23 @@ def images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
     np.savez(path, arr_0=pixels, arr_1=np.arange(10) % 3)
     return path
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own: its folder, not made yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "cas-dm"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of six 20 x 12 pictures of random pixels, 0.png to 5.png."""
+    from made import random_pixels
+    from PIL import Image
+
+    path = tmp_path / "pictures"
+    path.mkdir()
+    for i, picture in enumerate(random_pixels(6, 12, 20)):
+        Image.fromarray(picture).save(path / f"{i}.png")
+    return path

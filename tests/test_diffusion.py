@@ -627,30 +627,45 @@ def test_respacing_twice_remembers_the_original_steps():
     assert torch.equal(twice.step, once.step)
 
 
-NO_STRIDE = [(4000, 99), (4000, 300), (1000, 64), (1000, 300), (1000, 0), (1000, 1001)]
+@pytest.mark.parametrize("T, n", [(4000, 99), (4000, 300), (1000, 64), (1000, 300), (7, 5)])
+def test_steps_without_a_whole_stride_are_as_even_as_whole_numbers_allow(T, n):
+    """ddimN has no stride for these: 1 + floor(i T / n), whose gaps differ by 1 (DDIM App. D.2)."""
+    kept = respace(linear_schedule(T), n).step[1:]
+    assert kept.tolist() == [1 + math.floor(i * T / n) for i in range(n)]
+    assert set(kept.diff().tolist()) == {T // n, T // n + 1}
 
 
-@pytest.mark.parametrize("T, steps", NO_STRIDE)
-def test_impossible_step_counts_raise_one_line_with_counts_that_work(T, steps):
-    """ddimN has no whole stride for these; the message names numbers that have."""
-    message = rf"^{steps} sampling steps.*T = {T}; expected .*; use [\d, ]+$"
-    with pytest.raises(ValueError, match=message) as error:
-        respace(linear_schedule(T), steps)
-    for possible in str(error.value).rsplit("use ", 1)[1].split(", "):
-        assert len(respace(linear_schedule(T), int(possible)).step) == int(possible) + 1
+@given(T=st.integers(1, 300), n=st.integers(1, 300))
+def test_any_number_of_steps_begins_at_1_and_is_a_whole_stride_where_one_fits(T, n):
+    """More than T are a ValueError."""
+    if n > T:
+        with pytest.raises(ValueError, match=rf"^{n} sampling steps; expected 1 to {T}, "):
+            respace(linear_schedule(T), n)
+        return
+    step = respace(linear_schedule(T), n).step.tolist()
+    assert step[:2] == [0, 1] and len(step) == n + 1 and step[-1] <= T
+    strides = [s for s in range(1, T + 1) if len(range(0, T, s)) == n]
+    if strides:
+        assert step == [0, *range(1, T + 1, strides[0])]
 
 
-@given(T=st.integers(1, 300), steps=st.integers(1, 300))
-def test_respacing_gives_exactly_the_asked_steps_or_raises(T, steps):
-    """N steps from 1 at the smallest whole stride, or a ValueError because no stride has N."""
-    counts = [len(range(0, T, s)) for s in range(1, T + 1)]
-    if steps in counts:
-        stride = counts.index(steps) + 1
-        chain = respace(linear_schedule(T), steps)
-        assert chain.step.tolist() == [0, *range(1, T + 1, stride)]
-    else:
-        with pytest.raises(ValueError):
-            respace(linear_schedule(T), steps)
+def test_respacing_keeps_the_very_steps_it_is_given():
+    """Uneven ones too; Eqs. 16 and 17 agree on the chain that they make."""
+    chain = respace(COSINE, [1, 10, 100, 4000])
+    assert chain.step.tolist() == [0, 1, 10, 100, 4000]
+    assert torch.equal(chain.alpha_bar, COSINE.alpha_bar[chain.step])
+    x0, eps, _, _, t = every_t(chain)
+    x_t = q_sample(x0, t, eps, chain)
+    of_x0, of_eps = ddim_mu_from_x0(x_t, t, x0, chain), ddim_mu_from_eps(x_t, t, eps, chain)
+    assert_close(of_x0, of_eps, **EXACT)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, [], [0, 5], [5, 1001], [5, 5], [7, 5]])
+def test_steps_that_are_no_chain_raise_one_line(steps):
+    """None, outside 1..T, twice, or out of order."""
+    message = r"^[^\n]*sampling steps[^\n]*; expected [^\n]*1 to 1000, [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        respace(LINEAR, steps)
 
 
 # ---- tables ----

@@ -177,18 +177,23 @@ def test_a_step_of_training_is_the_pages(tmp_path):
     small = "--T 4000 --channels 32 --batch-size 4 --iterations 1 --sample-every 0"
     s, _ = parse_args("", small.split())
     images, _, _ = load_inputs(s)
-    metrics = {"metric": (0.1, OnX0(local_differences))}
+    metric, seen = OnX0(local_differences), []
+    metric.register_forward_hook(lambda module, args, out: seen.append(args[1]))
+    metrics = {"metric": (0.1, metric)}
     run = Run(s, tmp_path, torch.device("cpu"), images, metrics, cli.Stop())
     without_zeros(run.raw_model)
     run.optimizer.param_groups[0].update(lr=0.1, eps=1.0)
     page = copy.deepcopy(run.raw_model).double()
     averages = [average.double() for average in run.averages]
-    ((x0, t, eps, _),) = run.draw()
+    for p in run.weights:
+        p.grad = torch.ones_like(p)  # as an earlier step would leave one
 
     train(run)
     optimizer = torch.optim.AdamW(page.parameters(), lr=0.1, eps=1.0, weight_decay=0.0)
     theirs = page.theta, page.phi, local_differences, optimizer, averages
-    training_step(*theirs, 0.1, x0.double(), t.view(4, 1, 1, 1), eps.double())
+    (batch,) = seen  # what the step drew
+    t = batch.t.view(4, 1, 1, 1)
+    training_step(*theirs, 0.1, batch.x0.double(), t, batch.eps.double())
     close = {"rtol": 1e-4, "atol": 1e-6}
     for ours, expected in zip(run.weights, page.parameters(), strict=True):
         torch.testing.assert_close(ours.double(), expected, **close)

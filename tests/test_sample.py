@@ -418,6 +418,6 @@ def test_weights_that_are_not_finite_raise():
 def test_impossible_step_count_raises_before_any_work():
     """The one line of `respace`, and no network call."""
     model = Oracle(wild)
-    with pytest.raises(ValueError, match=r"^99 sampling steps have no whole stride"):
-        Sampler(model, 8, 99)
+    with pytest.raises(ValueError, match=r"^4001 sampling steps; expected 1 to 4000"):
+        Sampler(model, 8, 4001)
     assert not model.asked

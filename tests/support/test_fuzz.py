@@ -1,4 +1,8 @@
-"""Whatever comes in, the end is success or a documented exit with one line: no traceback, no hang, no changed input."""
+"""Whatever comes in, the end is success or a documented exit with one line.
+
+No traceback, no hang, no changed input.
+"""
+
 import contextlib
 import io
 import itertools
@@ -7,58 +11,87 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
+from runs import settings as train_settings
 
 import data
-from support import edges
 import fid
 import sample
 import train
 from refiner import DEFAULTS, build_model
+from support import cli
+from support.checkpoint import write_checkpoint
+from support.settings import defaults
 
-COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
+COMMON = hypothesis_settings(deadline=None, suppress_health_check=list(HealthCheck))
 hundreds = pytest.mark.parametrize("cases", [200, pytest.param(5000, marks=pytest.mark.soak)])
 
 
 def explore(cases, check):
-    """Searches `check`'s arguments: the same cases every time by default, new ones in the thousands of `-m soak`."""
-    settings(COMMON, max_examples=cases, derandomize=cases < 1000)(check)()
+    """Searches `check`'s arguments: the same by default, new ones in the thousands of a soak."""
+    hypothesis_settings(COMMON, max_examples=cases, derandomize=cases < 1000)(check)()
 
 
-FLAGS = ["--" + name.replace("_", "-") for name in train.PAPER] + ["--lpips", "--n", "--steps", "--eta", "--trace", "--raw", "--out", "--resume", "--device", "--weights", "--json", "--save-stats",
-                                                                  "--sampler", "--variance", "--label", "--cfg", "--classifier", "--guidance", "--bits-per-dim"]
-VALUES = st.one_of(st.sampled_from(["0", "1", "-1", "16", "30", "nan", "inf", "1e400", "", " ", "ddpm", "dual", "casdm", "x0", "eps", "fixres", "x0+eps", "cosine", "lpips=0.1", "hybrid", "vlb", "learned", "classifier", "a.pt=1", "ssim=nan", "ssim=", "=1",
-                                    "shapes", "cifar10", "cpu", "cuda:-1", "a.png", "a.npz", "a.jpg", "99999999999999999999", "\0", "é", "--", "-"]), st.text(max_size=8))
+# ---- command lines ----
+
+FLAGS = ["--" + name.replace("_", "-") for name in defaults()]
+FLAGS += ["--lpips", "--out", "--resume", "--device", "--n", "--steps", "--eta", "--trace"]
+FLAGS += ["--raw", "--sampler", "--variance", "--label", "--cfg", "--classifier", "--guidance"]
+FLAGS += ["--bits-per-dim", "--weights", "--json", "--save-stats", "--precision-recall"]
+NUMBERS = ["0", "1", "-1", "16", "30", "nan", "inf", "1e400", "99999999999999999999"]
+NAMES = ["ddpm", "dual", "casdm", "classifier", "x0", "eps", "fixres", "x0+eps", "cosine"]
+NAMES += ["hybrid", "vlb", "learned"]
+METRICS = ["lpips=0.1", "a.pt=1", "ssim=nan", "ssim=", "=1"]
+PLACES = ["shapes", "cifar10", "cpu", "cuda:-1", "a.png", "a.npz", "a.jpg"]
+ODD = ["", " ", "\0", "é", "--", "-"]
+VALUES = st.sampled_from([*NUMBERS, *NAMES, *METRICS, *PLACES, *ODD]) | st.text(max_size=8)
+PARSERS = {
+    "train": train_settings,
+    "sample": lambda *argv: sample.parse_args(argv),
+    "fid": lambda *argv: fid.parse_args(argv),
+}
 
 
 @hundreds
 def test_any_command_line_is_understood_or_a_usage_error_of_one_line(cases):
-    @given(st.sampled_from([train, sample, fid]), st.lists(st.tuples(st.sampled_from(FLAGS), st.none() | VALUES), max_size=6), st.lists(VALUES, max_size=2))
+    flags = st.lists(st.tuples(st.sampled_from(FLAGS), st.none() | VALUES), max_size=6)
+
+    @given(st.sampled_from(list(PARSERS)), flags, st.lists(VALUES, max_size=2))
     def check(script, flags, words):
-        error = io.StringIO()
-        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        for flag, value in flags:
+            words += [flag] if value is None else [flag, value]
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             try:
-                script.parse_args([*words, *(token for pair in flags for token in pair if token is not None)])
+                PARSERS[script](*words)
             except SystemExit as end:
-                assert end.code in (0, 2)
-                assert end.code == 0 or (error.getvalue().startswith("error: ") and error.getvalue().count("\n") == 1), error.getvalue()
+                code = end.code
+            else:
+                code = 0
+        error = said.getvalue()
+        if code == 0:
+            assert not error
+        else:
+            assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+
     explore(cases, check)
 
 
-SMALL = ["--model", "ddpm", "--data", "shapes", "--channels", "32", "--res-blocks", "1",
-         "--T", "20", "--batch-size", "1", "--iterations", "1", "--sample-every", "0"]
-NUMBERS = {
-    train: ["--batch-size", "--channels", "--res-blocks", "--image-size", "--T", "--seed",
-            "--metric-size"],
+SMALL = ["--model", "ddpm", "--data", "shapes", "--channels", "32", "--res-blocks", "1"]
+SMALL += ["--T", "20", "--batch-size", "1", "--iterations", "1", "--sample-every", "0"]
+NETWORK = ["--channels", "--res-blocks", "--image-size"]
+SIZES = {
+    train: [*NETWORK, "--batch-size", "--T", "--seed", "--metric-size"],
     sample: ["--batch-size", "--steps", "--seed", "--label"],
     fid: ["--batch-size"],
 }
 HUGE = ["3200000", "1000000000000"]
 DEVICES = ["cpu", "cpu:1", "cuda:77", "cuda:-1", "mps:3", "meta", "xla", "vulkan", "xpu:0"]
-CALLS = [(script, flag, value) for script in NUMBERS for flag in NUMBERS[script] for value in HUGE]
-CALLS += [(script, "--device", value) for script in NUMBERS for value in DEVICES]
+CALLS = [(script, flag, value) for script in SIZES for flag in SIZES[script] for value in HUGE]
+CALLS += [(script, "--device", value) for script in SIZES for value in DEVICES]
 
 
 @hundreds
@@ -82,76 +115,25 @@ def test_any_number_or_device_is_used_or_refused_in_one_line(cases, checkpoint, 
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             try:
-                code = edges.run(script.main, [str(word) for word in argv])
+                code = cli.run(script.main, [str(word) for word in argv])
             except SystemExit as end:
                 code = end.code
         errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
         assert code in (0, 1, 2) and len(errors) == (code != 0), said.getvalue()
+
     explore(cases, check)
+
+
+# ---- files ----
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "checkpoint.pt"
-    model = build_model(DEFAULTS | dict(model="ddpm", image_size=16, channels=32, res_blocks=1, T=20))
-    sample.write_checkpoint(path, DEFAULTS | dict(model="ddpm", image_size=16, channels=32, res_blocks=1, T=20), step=1, model=model.state_dict(), ema=model.state_dict())
+    small = {"model": "ddpm", "image_size": 16, "channels": 32, "res_blocks": 1, "T": 20}
+    weights = build_model(DEFAULTS | small).state_dict()
+    write_checkpoint(path, DEFAULTS | small, step=1, model=weights, ema=weights)
     return path
-
-
-@hundreds
-def test_any_damage_to_a_checkpoint_is_harmless_or_one_line(cases, checkpoint):
-    """Bytes changed, cut out, or put in, anywhere; what still opens has the very same weights."""
-    whole, path = checkpoint.read_bytes(), checkpoint.with_name("damaged.pt")
-    places = st.integers(0, len(whole) - 1) | st.integers(0, 3000) | st.integers(len(whole) - 9000, len(whole) - 1)
-
-    @given(st.lists(st.tuples(places, st.sampled_from([0, 1, 2, 16, 4096]), st.binary(max_size=32)), min_size=1, max_size=3))
-    def check(damages):
-        raw = bytearray(whole)
-        for at, length, instead in damages:
-            raw[at:at + length] = instead
-        path.write_bytes(raw)
-        with one_line():
-            torch.testing.assert_close(sample.load_model(path)[0].state_dict(), sample.load_model(checkpoint)[0].state_dict(), rtol=0, atol=0)
-        assert path.read_bytes() == raw
-    explore(cases // 4, check)
-
-
-@hundreds
-def test_any_settings_in_a_checkpoint_open_or_are_one_line(cases, checkpoint):
-    state, path = torch.load(checkpoint, weights_only=True), checkpoint.with_name("settings.pt")
-    values = st.none() | st.integers(-5, 64) | st.floats() | st.text(max_size=4) | st.lists(st.integers(), max_size=2)
-
-    @given(st.dictionaries(st.sampled_from([*DEFAULTS, "metric", "other"]), values, max_size=6))
-    def check(changes):
-        torch.save(state | {"settings": state["settings"] | changes}, path)
-        with one_line():
-            sample.load_model(path)
-    explore(cases // 4, check)
-
-
-@hundreds
-def test_any_image_header_is_read_or_refused_by_name(cases, tmp_path):
-    """The first bytes of a picture of each kind, changed at will."""
-    def picture(kind):
-        file = io.BytesIO()
-        Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(file, kind)
-        return file.getvalue()
-    pictures = {kind: picture(kind) for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")}
-
-    @given(st.sampled_from(list(pictures)), st.lists(st.tuples(st.integers(0, 64), st.integers(0, 255)), min_size=1, max_size=4))
-    def check(kind, changes):
-        raw = bytearray(pictures[kind])
-        for at, byte in changes:
-            raw[at % len(raw)] = byte
-        path = tmp_path / f"a.{kind.lower()}"
-        path.write_bytes(raw)
-        with warnings.catch_warnings(), one_line(str(path)):
-            warnings.simplefilter("ignore")
-            image, = data.raw_images(tmp_path)
-            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-        assert path.read_bytes() == raw
-        path.unlink()
-    explore(cases, check)
 
 
 @contextlib.contextmanager
@@ -161,3 +143,74 @@ def one_line(name=""):
         yield
     except (ValueError, OSError) as e:
         assert name in str(e) and "\n" not in str(e) and len(str(e)) < 800, e
+
+
+@hundreds
+def test_any_damage_to_a_checkpoint_is_harmless_or_one_line(cases, checkpoint):
+    """Bytes changed, cut out, or put in, anywhere; what still opens has the very same weights."""
+    whole, path = checkpoint.read_bytes(), checkpoint.with_name("damaged.pt")
+    weights = sample.load_model(checkpoint)[0].state_dict()
+    last = len(whole) - 1
+    place = st.integers(0, last) | st.integers(0, 3000) | st.integers(last - 9000, last)
+    damage = st.tuples(place, st.sampled_from([0, 1, 2, 16, 4096]), st.binary(max_size=32))
+
+    @given(st.lists(damage, min_size=1, max_size=3))
+    def check(damages):
+        raw = bytearray(whole)
+        for at, length, instead in damages:
+            raw[at : at + length] = instead
+        path.write_bytes(raw)
+        with one_line():
+            found = sample.load_model(path)[0].state_dict()
+            torch.testing.assert_close(found, weights, rtol=0, atol=0)
+        assert path.read_bytes() == raw
+
+    explore(cases // 4, check)
+
+
+@hundreds
+def test_any_settings_in_a_checkpoint_open_or_are_one_line(cases, checkpoint):
+    state, path = torch.load(checkpoint, weights_only=True), checkpoint.with_name("settings.pt")
+    values = st.none() | st.integers(-5, 64) | st.floats() | st.text(max_size=4)
+    values |= st.lists(st.integers(), max_size=2)
+    keys = st.sampled_from([*DEFAULTS, "metric", "learn_sigma", "objective", "other"])
+
+    @given(st.dictionaries(keys, values, max_size=6))
+    def check(changes):
+        torch.save(state | {"settings": state["settings"] | changes}, path)
+        with one_line():
+            sample.load_model(path)
+
+    explore(cases // 4, check)
+
+
+def picture(kind):
+    """A small picture as bytes."""
+    file = io.BytesIO()
+    pixels = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@hundreds
+def test_any_image_header_is_read_or_refused_by_name(cases, tmp_path):
+    """The first bytes of a picture of each kind, changed at will."""
+    kinds = ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA"]
+    pictures = {kind: picture(kind) for kind in kinds}
+    change = st.tuples(st.integers(0, 64), st.integers(0, 255))
+
+    @given(st.sampled_from(kinds), st.lists(change, min_size=1, max_size=4))
+    def check(kind, changes):
+        raw = bytearray(pictures[kind])
+        for at, byte in changes:
+            raw[at % len(raw)] = byte
+        path = tmp_path / f"a.{kind.lower()}"
+        path.write_bytes(raw)
+        with warnings.catch_warnings(), one_line(str(path)):
+            warnings.simplefilter("ignore")
+            [image] = data.raw_images(tmp_path)
+            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        assert path.read_bytes() == raw
+        path.unlink()
+
+    explore(cases, check)
