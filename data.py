@@ -228,16 +228,13 @@ class Dataset(NamedTuple):
     """What is known of a named set."""
 
     image_size: int  # the paper's (Cas-DM Sec. 5)
-    num_classes: int | None = None
-    label_names: tuple = ()
     open: Callable | None = None  # (image_size, data_dir) -> Frames; None: the user's own copy
 
 
-CIFAR10_LABELS = "airplane automobile bird cat deer dog frog horse ship truck"
 DATASETS = {
-    "shapes": Dataset(16, 3, ("disc", "square", "triangle"), open_shapes),
-    "cifar10": Dataset(32, 10, tuple(CIFAR10_LABELS.split()), open_cifar10),
+    "shapes": Dataset(16, open_shapes),
+    "cifar10": Dataset(32, open_cifar10),
     "celebahq": Dataset(64),
     "lsun-bedroom": Dataset(64),
-    "imagenet64": Dataset(64, 1000),
+    "imagenet64": Dataset(64),
 }

@@ -46,7 +46,7 @@ REFINER_INPUTS = {"x0": 3, "x0+eps": 6}  # name -> channels that phi sees
 class Model(nn.Module):
     """What the models share: their schedule, the time that networks see, and the labels.
 
-    theta : the network that sees x_t       num_classes : of the labels 0..K-1, or None
+    num_classes : of the labels 0..K-1, or None
     """
 
     terms = ()  # the names of its losses, in their order

@@ -1,4 +1,4 @@
-r"""Noise to images: figure 2 of the paper, by DDIM.
+r"""Noise to images: figure 2 of the paper, by DDIM unless the run names another sampler.
 
     Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
 
@@ -49,12 +49,13 @@ def sample(model, x_T, chain, step, y=None, watch=None):
     returns : [B, C, H, W], in [-1, 1]
     """
     x_t = x_T
-    for i, original in reversed(list(enumerate(chain.step.tolist()))[1:]):
+    originals = chain.step.tolist()  # the t that the model knows
+    for i in range(len(originals) - 1, 0, -1):
         t = torch.full((len(x_t),), i, device=x_t.device)
-        pred = model(x_t, torch.full_like(t, original), y)  # eps', x0' and r_t
+        pred = model(x_t, torch.full_like(t, originals[i]), y)  # eps', x0' and r_t
         estimates = clean_estimates(x_t, t, pred, chain)  # x0* and x0'
         if watch:
-            watch(original, x_t, estimates)
+            watch(originals[i], x_t, estimates)
         x_t = step(x_t, t, estimates, chain)
     return x_t
 
@@ -191,7 +192,10 @@ def open_sampler(a, model, settings):
             f"expected {', '.join(samplers())}; name one by --sampler"
         )
     T = len(model.schedule.beta) - 1
-    steps = a.steps or min(T, settings.get("sample_steps", 100))
+    steps = 100
+    if name == settings.get("sampler", "ddim"):
+        steps = settings.get("sample_steps", 100)
+    steps = a.steps or min(T, steps)
     sampler = Sampler(model, settings["image_size"], steps, a.seed)
     sampler.name, sampler.make_step = name, samplers()[name](a, settings)
     for neighbour in neighbours():
@@ -302,6 +306,8 @@ def check_sampler(p, a):
     """p.error, one line, where two of `sampler_flags` contradict each other."""
     if a.eta is not None and a.sampler not in (None, "ddim"):
         p.error("--eta is DDIM's; leave it out, or leave --sampler out")
+    for neighbour in neighbours():
+        neighbour.check_sampler(p, a)
 
 
 def sampler_defaults():

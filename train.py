@@ -40,7 +40,7 @@ def train(run):
             batch = Batch(x0, t, eps, x_t, **rest)
             losses = training_losses(run.model, batch, run.metrics)  # Cas-DM Eqs. 12, 13
             terms = objective(losses, run.lambdas, batch)  # Cas-DM Eqs. 14, 15
-            run.backward(terms, losses)  # L_theta reaches theta alone, L_phi phi alone
+            run.backward(terms, losses)  # in Cas-DM L_theta reaches theta alone, L_phi phi
         run.optimizer.step()
         run.average()  # the moving average of the weights, from which all samples come
         run.after_step()

@@ -11,7 +11,7 @@ r"""The one network: improved-diffusion's U-Net, of which theta, phi and the bas
     GroupNorm, SiLU, 3x3 conv
 
 Self-attention stands at 16 x 16 and 8 x 8, below the image's own size, and in the middle.  Every
-residual block and attention ends in a convolution that starts at zero, as does the network: at
+residual block and attention ends in a convolution that starts at zero, and so does the network: at
 initialisation its output is exactly 0.  The order of the modules is improved-diffusion's
 (github.com/openai/improved-diffusion, commit 1bc7bbb), so that its checkpoints fit.
 """
@@ -42,7 +42,7 @@ class UNet(nn.Module):
     fixed_resolution : the paper's Fix-Res CNN, every down- and up-sampling removed.
     CHOICE: the paper removes "a few" of its attention layers; we keep the middle's, the only
     reading with the paper's fewer parameters and more operations.
-    ValueError for a size that cannot be halved, or a width that the norms cannot group.
+    ValueError for a size that is not in LEVELS, or a width that the norms cannot group.
     """
 
     bf16 = False  # whether it computes in bfloat16; its weights and its output stay as they are

@@ -31,7 +31,8 @@ class Classifier(Model):
 
     def __init__(self, s):
         super().__init__(s)
-        size, classes = s["image_size"], s["num_classes"] or 1
+        size = s["image_size"]
+        classes = s["num_classes"] or 1  # not known yet where flags are checked
         self.theta = Encoder(classes, size, s["channels"], s["res_blocks"], s["dropout"])
 
     def forward(self, x_t, t, y=None):
@@ -73,7 +74,7 @@ class GuidedEstimates:
         self.step, self.gradient = step, gradient
 
     def __call__(self, x_t, t, estimates, chain):
-        g = self.gradient(x_t, chain.step[t])
+        g = self.gradient(x_t, chain.step[t.to(chain.step.device)])
         moved = estimates._replace(
             x0_star=guided_x0(estimates.x0_star, t, g, chain),
             x0_hat=guided_x0(estimates.x0_hat, t, g, chain),
@@ -85,7 +86,7 @@ class GuidedMean(GuidedEstimates):
     """A step of variance.Ancestral's kind, its mean moved by Sigma g           (ADM Alg. 1)"""
 
     def __call__(self, x_t, t, estimates, chain):
-        g = self.gradient(x_t, chain.step[t])
+        g = self.gradient(x_t, chain.step[t.to(chain.step.device)])
         mu, log_var = self.step.gaussian(x_t, t, estimates, chain)
         return self.step.draw(t, mu + log_var.exp() * g, log_var)
 
@@ -154,7 +155,7 @@ class Guidance(Neighbour):
         text = "scale of the classifier's gradient (default: 1)"
         p.add_argument("--guidance", type=cli.real(0), metavar="S", help=text)
 
-    def check_sample(self, p, a):
+    def check_sampler(self, p, a):
         if a.guidance is not None and not a.classifier:
             p.error(
                 "--guidance scales a classifier's gradient; "

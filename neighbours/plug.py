@@ -4,7 +4,9 @@
 class Neighbour:
     """Each method's default changes nothing; a neighbour overrides those that it needs.
 
-    s : a run's settings, {key: value}          a : the arguments of sample.py
+    s : a run's settings, {key: value}
+    a : the arguments of sample.py, or of fid.py, or what they are where none is typed; only those
+        of `sampler_flags` are always there
     """
 
     settings = {}  # keys of its flags in training, and their values without the flags
@@ -28,14 +30,17 @@ class Neighbour:
         return self.models.get(s["model"])
 
     def metrics(self, s):
-        """Losses that stand beside the model's own -> {name: (lambda, (pred, batch) -> [B])}"""
+        """Losses that stand beside the model's own -> {name: (lambda, nn.Module)}
+
+        The module is called with (pred, batch) and returns [B].
+        """
         return {}
 
     def draws(self, s):
         """What a step draws beside t and eps: objects with `draw(rng, n) -> {field of Batch: [n]}`.
 
-        They may have `note(t, losses)`, which gets a step's t [n] and {term: [n]}, and then
-        `state_dict` and `load_state_dict`.
+        They may have `note(t, losses)`, which gets a step's t [n] and {term: [n]}, and then a
+        `name`, their key in the checkpoint, `state_dict` and `load_state_dict`.
         """
         return []
 
@@ -46,6 +51,9 @@ class Neighbour:
 
     def sampler_flags(self, p):
         """Adds to an argparse parser its flags of how images are drawn."""
+
+    def check_sampler(self, p, a):
+        """p.error, one line, where these flags contradict each other."""
 
     def sample_flags(self, p):
         """Adds its flags of sample.py alone."""

@@ -44,6 +44,13 @@ def open_published(path, schedule, T):
         if own_shapes(settings) == shapes:
             model = build(settings)
             load_published(model.theta, state, path)
+            if model.schedule.beta.max() >= 1:
+                raise ValueError(
+                    f"--published {schedule}:{T} reaches beta = 1; expected the schedule that "
+                    "the file was trained with; use more steps or cosine"
+                )
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise ValueError(f"{path} holds weights that are not finite; expected numbers")
             return model, DEFAULTS | settings
     raise ValueError(
         f"{path} holds {len(shapes)} tensors that fit no U-Net of ours; expected "

@@ -168,6 +168,10 @@ class Solvers(Neighbour):
         )
         p.add_argument("--spacing", type=spacing, metavar="NAME", help=text)
 
+    def check_sampler(self, p, a):
+        if a.steps and a.spacing not in (None, *SPACINGS.values()):
+            p.error("--steps and --spacing sections=... or t=... both say how many; leave one out")
+
     def steer(self, a, sampler, settings):
         if a.spacing:
             schedule, n = sampler.model.schedule, len(sampler.chain.step) - 1

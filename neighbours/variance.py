@@ -58,7 +58,7 @@ def log_variance(t, schedule, kind, like, v=None):
     small   : log beta~_t, the variance of the posterior                        (DDPM Sec. 3.2)
     large   : log beta_t, that of the step to noise                             (DDPM Sec. 3.2)
     learned : (1 + v)/2 log beta_t + (1 - v)/2 log beta~_t                      (IDDPM Eq. 15)
-              v [B, C, H, W], -1..1 but not held there
+              v [B, C, H, W], -1..1 but not held there: 2 v - 1 of the paper's v, as in its code
 
     CHOICE: beta~_1 is 0 and has no log; beta~_2 stands in its place, for `large` too, as in
     improved-diffusion, and beta_1 in a chain of one step.
@@ -98,7 +98,7 @@ class Ancestral:
         return mix(mu_x0, mu_eps, r_t), log_variance(t, chain, self.kind, x_t, v)
 
     def draw(self, t, mu, log_var):
-        z = self.noise() if t[0] > 1 else 0
+        z = self.noise() if (t > 1).any() else 0  # a rank's last batch may be empty
         return p_sample(mu, (log_var / 2).exp(), z)
 
 
@@ -175,10 +175,11 @@ def bits_per_dim(model, x0, steps, kind, noise, y=None, watch=None):
     chain = respace(model.schedule, steps)
     step_back = Ancestral(kind, noise)
     terms = []
-    for i, original in list(enumerate(chain.step.tolist()))[1:]:
+    originals = chain.step.tolist()
+    for i in range(1, len(originals)):
         t = torch.full((len(x0),), i, device=x0.device)
         x_t = q_sample(x0, t, noise(), chain)
-        pred = model(x_t, torch.full_like(t, original), y)
+        pred = model(x_t, torch.full_like(t, originals[i]), y)
         estimates = clean_estimates(x_t, t, pred, chain)
         mu, log_var = step_back.gaussian(x_t, t, estimates, chain)
         terms.append(bound(x0, x_t, t, mu, log_var, chain))
@@ -325,17 +326,25 @@ class Variance(Neighbour):
         bits.add_argument("--data-dir", metavar="DIR", help="where a named set lies")
 
     def check_sample(self, p, a):
-        if a.variance and not (a.sampler == "ddpm" or a.bits_per_dim):
-            p.error("--variance belongs to --sampler ddpm and --bits-per-dim; use --eta with DDIM")
         if a.bits_per_dim != (a.data is not None):
             p.error("--bits-per-dim and --data go together: the bound is that of given images")
         if not a.bits_per_dim:
+            if a.data_dir:
+                p.error("--data-dir says where --data lies; leave it out, or give --bits-per-dim")
             return
-        for flag in ("trace", "eta", "label", "cfg", "classifier", "spacing", "out"):
+        foreign = ("sampler", "trace", "eta", "label", "cfg", "classifier", "spacing", "out")
+        for flag in foreign:
             if getattr(a, flag, None) is not None:
                 p.error(f"--{flag} means nothing to --bits-per-dim; leave it out")
         if a.precision != "fp32":
             p.error("--precision means nothing to --bits-per-dim; leave it out")
+
+    def steer(self, a, sampler, settings):
+        if a.variance and sampler.name != "ddpm":
+            raise ValueError(
+                f"--variance {a.variance} with the sampler {sampler.name}; expected --sampler "
+                "ddpm or --bits-per-dim; use --eta with DDIM"
+            )
 
     def instead(self, a, model, settings):
         if a.bits_per_dim:

@@ -8,7 +8,7 @@ import torch
 
 
 def stream(seed, purpose, index):
-    """The numpy Generator of draw `index` for `purpose`; nothing else in the project draws."""
+    """The numpy Generator of draw `index` for `purpose`; torch's own is seeded by these, too."""
     return np.random.default_rng([*purpose.encode(), seed, index])
 
 

@@ -1,7 +1,8 @@
-"""From settings to a model, and back from a checkpoint: the one place that asks the neighbours."""
+"""From settings to a model, a neighbour's or one of figure 1's, and back from a checkpoint."""
 
 from refiner import DEFAULTS, model_class
 from support.checkpoint import read_checkpoint
+from unet import UNet
 
 
 def neighbours():
@@ -70,5 +71,6 @@ def check_same_noise(path, theirs, settings):
 
 def set_precision(model, precision):
     """Has the model's networks compute in `fp32` or `bf16`; all else stays in float32."""
-    for network in model.children():
-        network.bf16 = precision == "bf16"
+    for module in model.modules():
+        if isinstance(module, UNet):
+            module.bf16 = precision == "bf16"

@@ -5,8 +5,9 @@ r"""Many processes that do what one does: torchrun's ranks share each batch by i
     torchrun --nproc_per_node=8 -- fid.py CHECKPOINT cifar10 --n 50000
 
 `--` keeps torchrun from taking our --n for one of its own flags.  Every random draw belongs to the
-global batch or to one image, never to a rank, so one process and N give the same result to
-rounding.  Rank 0 alone writes and prints.  Without torchrun no function here does anything special.
+global batch or to one image, never to a rank (but dropout's), so one process and N give the same
+result to rounding.  Rank 0 alone writes and prints.  Without torchrun no function here does
+anything special.
 """
 
 import os

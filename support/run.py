@@ -5,7 +5,8 @@ r"""One training run: what the loop of train.py changes, and the folder that it 
     best.pt             the checkpoint of the best evaluation
     curves.png, samples_STEP.png
 
-Nothing here waits for a GPU but what the log, a checkpoint or a picture needs.
+Nothing here waits for a GPU but what the log, a checkpoint, a picture or the importance of the next
+t needs.
 """
 
 import collections
@@ -146,9 +147,10 @@ class Run:
         """Checks, logs, saves and draws, where their interval has come."""
         self.step += 1
         self.bar.update()
-        for extra in self.noting:  # on the CPU, where the next t is drawn
+        if self.noting:  # on the CPU, where the next t is drawn
             noted = {name: parallel.add(v).cpu().numpy() for name, v in self.noted.items()}
-            extra.note(self.drawn["t"], noted)
+            for extra in self.noting:
+                extra.note(self.drawn["t"], noted)
         s = self.settings
         row = self.step % LOG_EVERY == 0
         pictures_due = due(s, "sample_every", self.step) or due(s, "eval_every", self.step)

@@ -171,7 +171,12 @@ def settings_of(p, a):
     every = defaults()
     a.typed = {key: value for key, value in vars(a).items() if key in every and value is not None}
     if a.metric or a.lpips is not None:
-        weights = [*(a.metric or []), ("lpips", a.lpips or 0)]
+        weights = list(a.metric or [])
+        if a.lpips is not None:
+            weights.append(("lpips", a.lpips))
+        names = [name for name, _ in weights]
+        if len(names) > len(set(names)):
+            p.error(f"metrics {', '.join(names)}; expected each once; leave out the others")
         a.typed["metric"] = {name: weight for name, weight in weights if weight}
     data = a.typed.get("data", every["data"])
     if data not in DATASETS:  # a run may be resumed from another folder
@@ -288,7 +293,7 @@ def check_data(state, s, images):
     if state["data"] == images.fingerprint:
         return
     place = s["data_dir"] if s["data"] in DATASETS else s["data"]
-    if not Path(place or "").is_dir():
+    if not place or not Path(place).is_dir():
         raise ValueError(
             f"{images.name} is not what this run began with; expected the same images; "
             "name their place by --data or --data-dir, or start another run"
@@ -333,7 +338,7 @@ def load_inputs(s):
     if images:
         s |= {"image_size": images.pixels.shape[1], "num_classes": classes(s, images)}
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
-    others = [attempt(neighbour.metrics, s) for neighbour in neighbours()]
+    others = [attempt(neighbour.metrics, s) for neighbour in neighbours() if images]
     network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
     if missing:
         raise OSError(" | ".join(missing))

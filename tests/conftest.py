@@ -32,8 +32,9 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     """A folder of six 20 x 12 pictures of random pixels, 0.png to 5.png."""
-    from made import random_pixels
     from PIL import Image
+
+    from made import random_pixels
 
     path = tmp_path / "pictures"
     path.mkdir()

@@ -14,10 +14,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from made import random_pixels, refusal
-from runs import ROOT
 
 import data
+from made import random_pixels, refusal
+from runs import ROOT
 from support import cli
 
 pytestmark = pytest.mark.usefixtures("own_cache")

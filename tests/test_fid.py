@@ -12,14 +12,14 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from made import random_pixels
 from PIL import Image
-from runs import ROOT, done
 from torch import nn
 
 import fid
 from data import Images
+from made import random_pixels
 from refiner import DEFAULTS, build_model
+from runs import ROOT, done
 from sample import Sampler
 from support import cli
 from support.checkpoint import write_checkpoint

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from made import random_pixels
 from PIL import Image
-from runs import ROOT
 from torchvision.models import Inception3
 
 import fid
 import inception
 from inception import InceptionFeatures, tf1_resize
+from made import random_pixels
+from runs import ROOT
 
 SHARED = ROOT.parent / "shared"
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, error_of, file_names
 
 import sample
 from refiner import DEFAULTS, build_model
+from runs import ROOT, error_of, file_names
 from support import cli
 from support.checkpoint import write_checkpoint
 

@@ -10,6 +10,11 @@ import time
 import numpy as np
 import pytest
 import torch
+
+import train
+from diffusion import q_sample
+from losses import Batch, objective, training_losses
+from metrics import METRICS
 from runs import (
     ROOT,
     SMALL,
@@ -23,11 +28,6 @@ from runs import (
     started,
     wait_for,
 )
-
-import train
-from diffusion import q_sample
-from losses import Batch, objective, training_losses
-from metrics import METRICS
 from sample import load_model
 from support import cli
 from support.checkpoint import read_checkpoint

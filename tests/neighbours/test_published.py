@@ -127,7 +127,8 @@ def test_a_file_is_sampled_from_one_line_and_its_size_is_read_off_its_tensors(ru
     assert (settings["image_size"], settings["channels"], settings["res_blocks"]) == (16, 32, 2)
     weights = {"theta." + name: tensor for name, tensor in net.state_dict().items()}
     assert model.state_dict().keys() == weights.keys()
-    write_checkpoint(tmp_path / "ours.pt", settings, model=weights, ema=weights)
+    state = {"step": 0, "data": "", "model": weights, "ema": weights}
+    write_checkpoint(tmp_path / "ours.pt", settings, **state)
     for name, flags in (("theirs", ["--published", "cosine:20"]), ("ours", [])):
         out = ["--n", 2, "--steps", 3, "--device", "cpu", "--out", tmp_path / f"{name}.npz"]
         code, text = run(sample.main, tmp_path / f"{name}.pt", *flags, *out)

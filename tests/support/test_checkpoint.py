@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from runs import SMALL, assert_same_run, run
 
 from refiner import DEFAULTS
+from runs import SMALL, assert_same_run, run
 from sample import load_model
 from support.checkpoint import VERSION, read_checkpoint, write_checkpoint
 from support.models import build

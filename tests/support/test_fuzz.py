@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
-from runs import settings as train_settings
 
 import data
 import fid
 import sample
 import train
 from refiner import DEFAULTS, build_model
+from runs import settings as train_settings
 from support import cli
 from support.checkpoint import write_checkpoint
 from support.settings import defaults

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made import random_pixels, refusal
 from PIL import Image
-from runs import ROOT
 
 from data import load_images, raw_images
+from made import random_pixels, refusal
+from runs import ROOT
 from support import images
 from support.files import partial_of
 from support.images import fit

@@ -8,11 +8,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, SMALL, begun, done, new_run, settings, wait_for, workers_of
 
 import train
 from diffusion import q_sample
 from losses import Batch, objective, training_losses
+from runs import ROOT, SMALL, begun, done, new_run, settings, wait_for, workers_of
 from support import parallel
 from support.checkpoint import read_checkpoint
 

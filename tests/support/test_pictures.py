@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from runs import ROOT, file_names
 
+from runs import ROOT, file_names
 from support.pictures import draw_curves, read_log, save_grid
 
 

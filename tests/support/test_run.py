@@ -5,9 +5,9 @@ import weakref
 
 import pytest
 import torch
-from runs import SMALL, Features, new_run, run
 
 import train
+from runs import SMALL, Features, new_run, run
 from support import cli, parallel
 from support import run as run_module
 from support.checkpoint import read_checkpoint

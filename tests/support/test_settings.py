@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import SMALL, assert_same_run, error_of, new_run, run, settings
 
 import train
 from data import Images
@@ -14,6 +13,7 @@ from metrics import METRICS, FeatureDistance
 from neighbours.guidance import Classifier
 from neighbours.variance import LearnedVariance
 from refiner import DDPM, CasDM, DDPMx0, DualDiffusion
+from runs import SMALL, assert_same_run, error_of, new_run, run, settings
 from support.checkpoint import read_checkpoint
 from support.models import kind
 from support.settings import classes, reopen

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import SMALL, Features, assert_same_run, file_names, run, started
 
+from runs import SMALL, Features, assert_same_run, file_names, run, started
 from support.run import Run
 
 
