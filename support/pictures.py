@@ -3,7 +3,8 @@
 log.jsonl   a training row: {"step": 10, "eps": ..., "x0": ..., "mu": ..., "lpips": ...,
             "loss": ..., "images_per_second": ...}, each term times its lambda, the mean over
             the steps since the row before
-            an evaluation: {"step": 20000, "n": ..., "fid": ..., "sfid": ..., "is": ...}
+            an evaluation: {"step": 20000, "n": ..., "sampler": ..., "sample_steps": ...,
+                "fid": ..., "sfid": ..., "is": ...}
 """
 
 import json
@@ -104,7 +105,7 @@ def draw_curves(rows, path):
     for axis, (rows, label, marker) in zip(axes[0], panels, strict=True):
         axis.set(xlabel="step", ylabel=label)
         for name in rows[0] if rows else ():
-            if name not in ("step", "n", "images_per_second"):
+            if name not in ("step", "n", "sampler", "sample_steps", "images_per_second"):
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 axis.semilogy(*zip(*points, strict=True), label=name, marker=marker)
         if rows:

@@ -172,8 +172,14 @@ class Run:
         if self.saved != self.step:
             self.save()
         parallel.meet()  # a rank that left now would have torchrun end rank 0, which may be writing
-        missing = parallel.first(lambda: pending(self.settings, self.folder, self.step))
-        return self.step == self.settings["iterations"] and not any(missing)
+        return self.step == self.settings["iterations"] and not any(self.pending())
+
+    def pending(self):
+        """`pending` as rank 0 sees the folder, which decides for all."""
+        found = None
+        if parallel.rank() == 0:
+            found = pending(self.settings, self.folder, self.step)
+        return parallel.same(found)
 
     # ---- the folder ----
 
@@ -245,9 +251,7 @@ class Run:
         Where a signal asks to stop they are left undone, and --resume makes up for them.
         """
         try:
-            grid, evaluation = parallel.first(
-                lambda: pending(self.settings, self.folder, self.step)
-            )
+            grid, evaluation = self.pending()
             if grid:
                 self.draw_grid()
             if evaluation:
@@ -275,16 +279,20 @@ class Run:
             pictures.save_grid(pixels, path, self.raw_model.num_classes)
 
     def evaluate(self):
-        """Scores n samples against the training images; best.pt is the best so far of equal n."""
+        """Scores samples against the training images; best.pt is the best so far of its kind.
+
+        Of one kind are evaluations of equal n, drawn by one sampler in as many steps.
+        """
         n = self.settings["eval_samples"]
+        kind = {"n": n} | {key: self.settings[key] for key in ("sampler", "sample_steps")}
         reference = fid.reference(self.images, self.network)
         found = fid.scores(fid.features_of(self.samples(n), self.network, n), reference)
-        rows = pictures.read_log(self.folder)
-        earlier = [row[BEST_BY] for row in rows if BEST_BY in row and row.get("n", n) == n]
-        if all(found[BEST_BY] < value for value in earlier):
+        rows = [row for row in pictures.read_log(self.folder) if BEST_BY in row]
+        rivals = [row for row in rows if kind | row == row | kind]  # a key may be missing
+        if all(found[BEST_BY] < row[BEST_BY] for row in rivals):
             self.save("best.pt")
         scores = {key: value for key, value in found.items() if key not in ("n_a", "n_b")}
-        self.write({"step": self.step, "n": n} | scores)
+        self.write({"step": self.step} | kind | scores)
         if parallel.rank() == 0:
             pictures.draw_curves(pictures.read_log(self.folder), self.folder / "curves.png")
 

@@ -227,21 +227,21 @@ def test_one_class_is_the_images_that_have_it_anyway(checkpoints, tmp_path, caps
         ("PLAIN --bits-per-dim", 2, "--data"),
         ("PLAIN --data shapes", 2, "--bits-per-dim"),
         ("PLAIN --bits-per-dim --data shapes --cfg 1", 2, "--cfg"),
-        ("LABELS --bits-per-dim --data IMAGES", 1, "labels"),
+        ("LABELS --bits-per-dim --data images.npz", 1, "labels"),
     ],
 )
-def test_what_cannot_be_sampled_is_one_line(line, code, says, checkpoints, capsys, tmp_path):
-    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
-    places = checkpoints | {"IMAGES": tmp_path / "images.npz"}
-    argv = [places.get(word, word) for word in line.split()]
-    if "--bits-per-dim" not in argv:
-        argv += ["--out", tmp_path / "out.png"]
+def test_what_cannot_be_sampled_is_one_line(
+    line, code, says, checkpoints, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    np.savez("images.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    argv = [checkpoints.get(word, word) for word in line.split()]
     found, text = sampled(capsys, *argv, "--steps", 2, "--n", 2)
     assert found == code
     assert text.startswith("error: ")
     assert text.count("\n") == 1
     assert says in text
-    assert not (tmp_path / "out.png").exists()
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_bits_per_dim_prints_every_term_and_their_sum(checkpoints, capsys):
@@ -263,24 +263,18 @@ def test_bits_per_dim_prints_every_term_and_their_sum(checkpoints, capsys):
         "--sampler ddpm --variance large",
         "--classifier CLASSIFIER --guidance 2 --label 1",
         "--classifier CLASSIFIER --sampler ddpm",
+        "--classifier CLASSIFIER --trace trace.png",
         "--sampler dpm++ --classifier CLASSIFIER",
-        "--spacing sections=2,1",
+        "--spacing trailing",
     ],
 )
-def test_every_way_of_sampling_writes_its_picture(line, checkpoints, capsys, tmp_path):
+def test_every_way_of_sampling_writes_its_picture(line, checkpoints, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     argv = [checkpoints.get(word, word) for word in line.split()]
-    how = ["--steps", 4, "--n", 4, "--out", tmp_path / "out.png"]
-    code, text = sampled(capsys, checkpoints["SIGMA"], *argv, *how)
+    code, text = sampled(capsys, checkpoints["SIGMA"], *argv, "--steps", 4, "--n", 4)
     assert code == 0, text
-    assert (tmp_path / "out.png").exists()
-
-
-def test_a_guided_image_has_its_trace(checkpoints, capsys, tmp_path):
-    flags = ["--classifier", checkpoints["CLASSIFIER"], "--steps", 4]
-    trace = tmp_path / "trace.png"
-    code, text = sampled(capsys, checkpoints["SIGMA"], *flags, "--trace", trace)
-    assert code == 0, text
-    assert trace.exists()
+    expected = "trace.png" if "--trace" in line else "samples.png"
+    assert [path.name for path in tmp_path.iterdir()] == [expected]
 
 
 # ---- what they promise, on shapes ----
