@@ -1,10 +1,12 @@
 """Pictures, and the log that a run's curves are drawn from.
 
-log.jsonl   a training row: {"step": 10, "eps": ..., "x0": ..., "mu": ..., "lpips": ...,
-            "loss": ..., "images_per_second": ...}, each term times its lambda, the mean over
-            the steps since the row before
-            an evaluation: {"step": 20000, "n": ..., "sampler": ..., "sample_steps": ...,
-                "fid": ..., "sfid": ..., "is": ...}
+A row of log.jsonl is one of two:
+
+    training     {"step": 10, "eps": ..., "x0": ..., "mu": ..., "lpips": ..., "loss": ...,
+                  "images_per_second": ...}
+                 each term times its lambda, the mean over the steps since the row before
+    evaluation   {"step": 20000, "n": ..., "sampler": ..., "sample_steps": ..., "fid": ...,
+                  "sfid": ..., "is": ..., "is_std": ...}
 """
 
 import json

@@ -288,7 +288,7 @@ class Run:
         reference = fid.reference(self.images, self.network)
         found = fid.scores(fid.features_of(self.samples(n), self.network, n), reference)
         rows = [row for row in pictures.read_log(self.folder) if BEST_BY in row]
-        rivals = [row for row in rows if kind | row == row | kind]  # a key may be missing
+        rivals = [row for row in rows if is_of(kind, row)]
         if all(found[BEST_BY] < row[BEST_BY] for row in rivals):
             self.save("best.pt")
         scores = {key: value for key, value in found.items() if key not in ("n_a", "n_b")}
@@ -333,6 +333,11 @@ class Run:
             guided = f"--classifier {checkpoint} --guidance 1 --label 0"
             print(f"  python sample.py CHECKPOINT {guided}")
         return 0
+
+
+def is_of(kind, row):
+    """Whether a row of the log is of that kind; what an older row does not say counts as equal."""
+    return all(row.get(key, value) == value for key, value in kind.items())
 
 
 def due(s, every, step):
