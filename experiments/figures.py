@@ -3,7 +3,7 @@
 python -m experiments.figures schedules   the schedules alone
 python -m experiments.figures results     all that table1.py left, of the `cpu` preset
 
-schedules.png   abar_t and its signal-to-noise ratio, and an image on its way to noise
+schedules.png   abar_t, its signal-to-noise ratio, an image on its way to noise, the spacings
 rows.png        Table 1's rows, one a line, every column from the same noise
 gate.png        r_t over t: how much of a step comes from x0', and how much should
 refined.png     figure 2's trace of Cas-DM + metric
@@ -18,8 +18,9 @@ import torch
 
 import sample
 from data import from_pixels, shapes, to_pixels
-from diffusion import SCHEDULES, clean_estimates, q_sample
+from diffusion import SCHEDULES, clean_estimates, evenly, q_sample
 from experiments import table1
+from neighbours.solvers import SPACINGS
 from support import cli
 from support.draws import stream
 from support.files import existing
@@ -36,10 +37,14 @@ GATED = [
 
 
 def draw_schedules(path, T=1000):
-    """abar_t, abar_t / (1 - abar_t), and one image noised alike by each (IDDPM Figs. 3, 5)."""
-    layout = [["abar", "snr"], *([name, name] for name in SCHEDULES)]
-    heights = [3, *([1] * len(SCHEDULES))]
-    figure, axes = pyplot().subplot_mosaic(layout, figsize=(9, 5.5), height_ratios=heights)
+    """abar_t, abar_t / (1 - abar_t), one image noised alike by each, and which t steps visit.
+
+    IDDPM Figs. 3, 5.  Twenty steps of each spacing.
+    """
+    steps = [f"{name} steps" for name in SCHEDULES]
+    layout = [["abar", "snr"], *([name, name] for name in SCHEDULES), steps]
+    heights = [3, *([1] * len(SCHEDULES)), 2]
+    figure, axes = pyplot().subplot_mosaic(layout, figsize=(9, 7.5), height_ratios=heights)
     shown = torch.linspace(1, T, 12).long()
     x0 = from_pixels(shapes(32)[0][:1]).expand(len(shown), -1, -1, -1)
     noise = stream(0, "schedules", 0).standard_normal((1, *x0.shape[1:]), dtype="float32")
@@ -54,11 +59,25 @@ def draw_schedules(path, T=1000):
         axes[name].set(ylabel=name, yticks=[])
         middles = [32 * i + 16 for i in range(len(shown))]
         axes[name].set_xticks(middles, [f"t = {t}" for t in shown])
+        draw_spacings(axes[f"{name} steps"], name, schedule)
     axes["abar"].set(title="abar_t", xlabel="t")
     axes["snr"].set(title="abar_t / (1 - abar_t)", xlabel="t")
     axes["abar"].legend()
     figure.tight_layout()
     save(figure, path, 80)
+
+
+def draw_spacings(axis, name, schedule, n=20):
+    """A row of dots a spacing: the t that n steps of it visit."""
+    T = len(schedule.beta) - 1
+    visited = {"even": evenly(T, n)}
+    for spacing, steps in SPACINGS.items():
+        visited[spacing] = steps(schedule, n)
+    for row, kept in enumerate(visited.values()):
+        axis.plot(kept, [row] * n, ".")
+    axis.set_yticks(range(len(visited)), visited)
+    axis.invert_yaxis()
+    axis.set(title=f"{n} steps, {name}", xlabel="t")
 
 
 def draw_rows(experiment, path, columns=14):
