@@ -135,7 +135,7 @@ def test_images_per_second_leaves_out_grids_evaluations_and_saves(tmp_path, monk
     monkeypatch.setattr(Run, "average", takes(1, Run.average))
     for name in ("save", "draw_grid", "evaluate"):
         monkeypatch.setattr(Run, name, takes(100))
-    every = "--sample-every 4 --eval-every 5 --save-every 3 --iterations 20 --model ddpm"
+    every = "--sample-every 12 --eval-every 14 --save-every 16 --iterations 20 --model ddpm"
     r = new_run(tmp_path, "--T", 4, *every.split())
     now[0] += 1000  # the data's statistics, before the first step
     train.train(r)
