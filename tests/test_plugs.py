@@ -149,7 +149,7 @@ def test_a_data_set_is_a_function_and_a_row(tmp_path, monkeypatch, scored):
         pixels = np.broadcast_to(pixels, (4, image_size, image_size, 3)).copy()
         return Frames(pixels, np.array([0, 0, 1, 1]), "greys", image_size)
 
-    monkeypatch.setitem(data.DATASETS, "greys", data.Dataset(16, 2, ("dark", "light"), open_greys))
+    monkeypatch.setitem(data.DATASETS, "greys", data.Dataset(16, open_greys))
     checkpoint = trained(tmp_path, "--data greys --class-cond")
     assert load_model(checkpoint)[0].num_classes == 2
     sampled(checkpoint)

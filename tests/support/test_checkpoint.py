@@ -6,7 +6,7 @@ import torch
 from refiner import DEFAULTS
 from runs import SMALL, assert_same_run, run
 from sample import load_model
-from support.checkpoint import VERSION, read_checkpoint, write_checkpoint
+from support.checkpoint import PARTS, VERSION, read_checkpoint, write_checkpoint
 from support.models import build
 
 # What version 1 called theta and phi.
@@ -46,7 +46,7 @@ def test_a_version_1_checkpoint_opens_with_the_same_weights(settings, names, tmp
     weights = build(settings).state_dict()
     average = {name: 2 * w for name, w in weights.items()}
     path = tmp_path / "checkpoint.pt"
-    write_checkpoint(path, settings, step=1, model=weights, ema=average)
+    write_checkpoint(path, settings, step=1, data="", model=weights, ema=average)
     as_version_1(path, names)
     assert not read_checkpoint(path)["ema"].keys() ^ average.keys()
     for raw, wanted in ((True, weights), (False, average)):
@@ -79,8 +79,17 @@ def test_any_other_version_is_refused_in_one_line(version, tmp_path):
 
 @pytest.mark.parametrize("weights", [None, [1, 2], {1: torch.zeros(1)}])
 def test_a_version_1_file_with_other_things_inside_is_one_line(weights, tmp_path):
-    state = {"kind": "cas-dm checkpoint", "version": 1, "settings": {}, "ema": weights}
-    torch.save(state, tmp_path / "a.pt")
+    state = {"kind": "cas-dm checkpoint", "version": 1, "settings": {}, "step": 1, "data": ""}
+    torch.save(state | {"model": {}, "ema": weights}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="do not fit its settings") as e:
         load_model(tmp_path / "a.pt")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_that_lacks_a_part_is_one_line_that_names_it(part, tmp_path):
+    state = dict.fromkeys(PARTS, {})
+    del state[part]
+    torch.save(state | {"kind": "cas-dm checkpoint", "version": VERSION}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"lacks {part}; expected all that train.py wrote"):
+        read_checkpoint(tmp_path / "a.pt")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runs import ROOT, file_names
 from support import pictures
 from support.pictures import read_log, save_grid
 
