@@ -88,7 +88,7 @@ def test_a_version_1_file_with_other_things_inside_is_one_line(weights, tmp_path
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_checkpoint_that_lacks_a_part_is_one_line_that_names_it(part, tmp_path):
-    state = dict.fromkeys(PARTS, {})
+    state = {name: {} for name in PARTS}
     del state[part]
     torch.save(state | {"kind": "cas-dm checkpoint", "version": VERSION}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=f"lacks {part}; expected all that train.py wrote"):
