@@ -577,31 +577,30 @@ VARIANTS = {
 
 def gpu(device, folder, repeats):
     """the Cas-DM step: images/s, TFLOP/s, its share of matmul's, whether it waits for the GPU"""
-    title, n = f"Cas-DM step, batch {batch(device)}", batch(device)
+    n = batch(device)
+    title = f"Cas-DM step, batch {n}"
     print(f"\n{title:31}  images/s   TFLOP/s  of matmul  x plain   waits for the GPU")
-    base = None
-
-    def line(name, call, steps, how):
-        nonlocal base
-        seconds, peak = seconds_a_step(call, steps, how, repeats, device)
-        base = base or seconds
-        rate = work / seconds
-        cells = f"{n / seconds:10.0f}{rate / 1e12:10.1f}{rate / peak:11.2f}{base / seconds:9.2f}"
-        print(f"{name:31}{cells}   {waits(call) if steps > 1 else ''}", flush=True)
-
     plain = plain_casdm(device)
     work = flops(plain)
-    line("plain fp32", plain, 1, Variant())
+    base, peak = seconds_a_step(plain, 1, Variant(), repeats, device)
+    print_step("plain fp32", n / base, work / base, peak, 1.0)
     del plain
     for name, how in VARIANTS.items():
         run = Steps(device, folder, precision=how.precision, compile=how.compile)
         run.burst = LOG_EVERY  # steps between two clock readings, one logged row among them
         run.raw_model.to(memory_format=how.layout)
         run.ema.to(memory_format=how.layout)
-        line(name, run, run.burst, how)
+        seconds, peak = seconds_a_step(run, run.burst, how, repeats, device)
+        print_step(name, n / seconds, work / seconds, peak, base / seconds, waits(run))
         del run
         gc.collect()
     print("target: 4 x plain fp32, and no step that waits")
+
+
+def print_step(name, images, rate, peak, speed_up, waits=""):
+    """A line of the table: images/s, FLOP/s of the step and of large matrix products."""
+    cells = f"{images:10.0f}{rate / 1e12:10.1f}{rate / peak:11.2f}{speed_up:9.2f}"
+    print(f"{name:31}{cells}   {waits}", flush=True)
 
 
 def plain_casdm(device):
