@@ -176,11 +176,12 @@ class Steps(Run):
 
 
 def network_step(net, device, plain=False):
-    """One training step of a copy of `net` on fixed data, under its squared error.
+    """One training step of a copy of `net` on fixed data, in fp32, under its squared error.
 
     plain : as one writes it at first
     """
     net = copy.deepcopy(net)
+    net.bf16 = False
     channels = net.input_blocks[0][0].in_channels
     x = torch.randn(batch(device), channels, SIZE, SIZE, device=device)
     t = torch.linspace(0, 1000, len(x), device=device)

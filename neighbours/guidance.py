@@ -149,11 +149,10 @@ class Guidance(Neighbour):
                 raise ValueError(f"{flag} means nothing to --model classifier; leave it out")
 
     def sampler_flags(self, p):
-        group = p.add_argument_group("guided by a classifier")
         text = "guide by this classifier, which train.py --model classifier made"
-        group.add_argument("--classifier", type=Path, metavar="CLF.pt", help=text)
+        p.add_argument("--classifier", type=Path, metavar="CLF.pt", help=text)
         text = "scale of the classifier's gradient (default: 1)"
-        group.add_argument("--guidance", type=cli.real(0), metavar="S", help=text)
+        p.add_argument("--guidance", type=cli.real(0), metavar="S", help=text)
 
     def check_sample(self, p, a):
         if a.guidance is not None and not a.classifier:

@@ -233,8 +233,9 @@ def test_what_cannot_be_sampled_is_one_line(line, code, says, checkpoints, capsy
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     places = checkpoints | {"IMAGES": tmp_path / "images.npz"}
     argv = [places.get(word, word) for word in line.split()]
-    how = ["--steps", 2, "--n", 2, "--out", tmp_path / "out.png"]
-    found, text = sampled(capsys, *argv, *how)
+    if "--bits-per-dim" not in argv:
+        argv += ["--out", tmp_path / "out.png"]
+    found, text = sampled(capsys, *argv, "--steps", 2, "--n", 2)
     assert found == code
     assert text.startswith("error: ")
     assert text.count("\n") == 1
@@ -261,16 +262,24 @@ def test_bits_per_dim_prints_every_term_and_their_sum(checkpoints, capsys):
         "--sampler ddpm --variance large",
         "--classifier CLASSIFIER --guidance 2 --label 1",
         "--classifier CLASSIFIER --sampler ddpm",
-        "--classifier CLASSIFIER --trace OUT",
+        "--sampler dpm++ --classifier CLASSIFIER",
+        "--spacing sections=2,1",
     ],
 )
 def test_every_way_of_sampling_writes_its_picture(line, checkpoints, capsys, tmp_path):
-    places = checkpoints | {"OUT": tmp_path / "out.png"}
-    argv = [places.get(word, word) for word in line.split()]
+    argv = [checkpoints.get(word, word) for word in line.split()]
     how = ["--steps", 4, "--n", 4, "--out", tmp_path / "out.png"]
     code, text = sampled(capsys, checkpoints["SIGMA"], *argv, *how)
     assert code == 0, text
     assert (tmp_path / "out.png").exists()
+
+
+def test_a_guided_image_has_its_trace(checkpoints, capsys, tmp_path):
+    flags = ["--classifier", checkpoints["CLASSIFIER"], "--steps", 4]
+    trace = tmp_path / "trace.png"
+    code, text = sampled(capsys, checkpoints["SIGMA"], *flags, "--trace", trace)
+    assert code == 0, text
+    assert trace.exists()
 
 
 # ---- what they promise, on shapes ----
