@@ -266,6 +266,10 @@ def reopen(folder, typed):
             "name its folder by --out, or leave --resume out to start one"
         )
     state = read_checkpoint(path)
+    if not {"step", "data"} <= state.keys():
+        raise ValueError(
+            f"{path} holds no step or no data; expected a run's checkpoint; use another one"
+        )
     kept = defaults() | state["settings"]
     for key, value in typed.items():
         if key not in FREE and value != kept[key] and not moved(key, kept[key], value):

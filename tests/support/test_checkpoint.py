@@ -6,7 +6,7 @@ import torch
 from refiner import DEFAULTS
 from runs import SMALL, assert_same_run, run
 from sample import load_model
-from support.checkpoint import PARTS, VERSION, read_checkpoint, write_checkpoint
+from support.checkpoint import VERSION, read_checkpoint, write_checkpoint
 from support.models import build
 
 # What version 1 called theta and phi.
@@ -86,10 +86,14 @@ def test_a_version_1_file_with_other_things_inside_is_one_line(weights, tmp_path
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_a_checkpoint_that_lacks_a_part_is_one_line_that_names_it(part, tmp_path):
-    state = {name: {} for name in PARTS}
-    del state[part]
+@pytest.mark.parametrize("state", [{}, {"settings": None}, {"settings": [1]}])
+def test_a_checkpoint_without_settings_is_one_line(state, tmp_path):
     torch.save(state | {"kind": "cas-dm checkpoint", "version": VERSION}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=f"lacks {part}; expected all that train.py wrote"):
+    with pytest.raises(ValueError, match="a.pt holds no settings; expected what train.py wrote"):
         read_checkpoint(tmp_path / "a.pt")
+
+
+def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint.pt", {}, model={}, ema={})
+    with pytest.raises(ValueError, match="holds no step or no data; expected a run's"):
+        reopen(tmp_path, {})
