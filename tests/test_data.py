@@ -142,7 +142,7 @@ def test_a_set_is_one_function_and_one_row(monkeypatch):
         pixels = np.full((5, image_size, image_size, 3), 128, np.uint8)
         return data.Frames(pixels, np.arange(5) % 2, "grey", image_size)
 
-    monkeypatch.setitem(data.DATASETS, "grey", data.Dataset(32, 2, ("a", "b"), open_grey))
+    monkeypatch.setitem(data.DATASETS, "grey", data.Dataset(32, open_grey))
     assert data.load_images("grey", 32).pixels.shape == (5, 32, 32, 3)
     small = data.load_images("grey", 16)
     assert small.pixels.shape == (5, 16, 16, 3) and (small.pixels == 128).all()

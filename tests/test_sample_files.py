@@ -143,7 +143,7 @@ def nan_weights(state):
         (newer, "version 99"),
         (other_width, "do not fit"),
         (other_model, "do not fit"),
-        (no_settings, "do not fit"),
+        (no_settings, "holds no settings"),
         (nonsense_settings, "do not fit"),
         (nan_weights, "not finite"),
     ],

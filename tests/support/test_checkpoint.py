@@ -8,6 +8,7 @@ from runs import SMALL, assert_same_run, run
 from sample import load_model
 from support.checkpoint import VERSION, read_checkpoint, write_checkpoint
 from support.models import build
+from support.settings import reopen
 
 # What version 1 called theta and phi.
 CASDM = {"theta.": "eps_net.", "phi.": "refiner."}
@@ -89,7 +90,7 @@ def test_a_version_1_file_with_other_things_inside_is_one_line(weights, tmp_path
 @pytest.mark.parametrize("state", [{}, {"settings": None}, {"settings": [1]}])
 def test_a_checkpoint_without_settings_is_one_line(state, tmp_path):
     torch.save(state | {"kind": "cas-dm checkpoint", "version": VERSION}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt holds no settings; expected what train.py wrote"):
+    with pytest.raises(ValueError, match=r"holds no settings; expected what train\.py wrote"):
         read_checkpoint(tmp_path / "a.pt")
 
 
