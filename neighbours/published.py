@@ -34,10 +34,12 @@ def open_published(path, schedule, T):
     state = read_tensors(path, "improved-diffusion checkpoint")
     shapes = [tensor.shape for tensor in tensors_of(state, path)]
     settings = {"model": "ddpm", "schedule": schedule, "T": T}
-    settings["channels"] = shapes[0][-1] if shapes and len(shapes[0]) == 2 else 0
+    # the first tensor is the time embedding's, [4 channels, channels]
+    channels = shapes[0][-1] if shapes and len(shapes[0]) == 2 else 0
+    settings["channels"] = channels
     learned = bool(shapes) and shapes[-1][:1] == (6,)  # eps and v
     settings |= {"learn_sigma": learned, "objective": "hybrid" if learned else "simple"}
-    for image_size, res_blocks in SPACE:
+    for image_size, res_blocks in SPACE if channels else ():
         settings |= {"image_size": image_size, "res_blocks": res_blocks}
         if own_shapes(settings) == shapes:
             model = build(settings)

@@ -331,7 +331,7 @@ class Variance(Neighbour):
             p.error("--bits-per-dim and --data go together: the bound is that of given images")
         if not a.bits_per_dim:
             return
-        for flag in ("out", "trace", "eta", "label", "cfg", "classifier"):
+        for flag in ("trace", "eta", "label", "cfg", "classifier", "spacing", "out"):
             if getattr(a, flag, None) is not None:
                 p.error(f"--{flag} means nothing to --bits-per-dim; leave it out")
         if a.precision != "fp32":

@@ -102,7 +102,9 @@ class Run:
         image, self.drawn, dropout = next(self.draws)
         torch.manual_seed(dropout + parallel.rank())
         n, parts = len(image), self.settings["accumulate"]
-        self.noted = {term: torch.zeros(n, device=self.device) for term in self.raw_model.terms}
+        if self.noting:
+            terms = self.raw_model.terms
+            self.noted = {term: torch.zeros(n, device=self.device) for term in terms}
         for part in range(parts):
             first, stride = parallel.rank() + part * parallel.size(), parallel.size() * parts
             self.mine = slice(first, None, stride)

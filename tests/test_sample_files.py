@@ -173,7 +173,10 @@ def test_no_picture_is_ever_written_for_nan(checkpoint, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     "flags, code, says",
     [
-        ("--steps 11", 1, "11 sampling steps"),
+        ("--steps 100000", 1, "100000 sampling steps"),
+        ("--spacing odd", 2, "trailing"),
+        ("--spacing t=3,2", 1, "ascending"),
+        ("--spacing sections=100000", 1, "--spacing sections"),
         ("--n 0", 2, "'0'"),
         ("--eta 2", 2, "'2'"),
         ("--sampler ddpm --eta 1", 2, "--eta is DDIM's"),

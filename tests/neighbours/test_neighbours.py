@@ -262,7 +262,8 @@ def test_bits_per_dim_prints_every_term_and_their_sum(checkpoints, capsys):
         "--sampler ddpm --variance large",
         "--classifier CLASSIFIER --guidance 2 --label 1",
         "--classifier CLASSIFIER --sampler ddpm",
-        "--classifier CLASSIFIER --trace trace.png",
+        "--sampler dpm++ --classifier CLASSIFIER",
+        "--spacing sections=2,1",
     ],
 )
 def test_every_way_of_sampling_writes_its_picture(line, checkpoints, capsys, tmp_path, monkeypatch):
@@ -270,8 +271,15 @@ def test_every_way_of_sampling_writes_its_picture(line, checkpoints, capsys, tmp
     argv = [checkpoints.get(word, word) for word in line.split()]
     code, text = sampled(capsys, checkpoints["SIGMA"], *argv, "--steps", 4, "--n", 4)
     assert code == 0, text
-    expected = "trace.png" if "--trace" in line else "samples.png"
-    assert [path.name for path in tmp_path.iterdir()] == [expected]
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_a_guided_image_has_its_trace(checkpoints, capsys, tmp_path):
+    flags = ["--classifier", checkpoints["CLASSIFIER"], "--steps", 4]
+    trace = tmp_path / "trace.png"
+    code, text = sampled(capsys, checkpoints["SIGMA"], *flags, "--trace", trace)
+    assert code == 0, text
+    assert trace.exists()
 
 
 # ---- what they promise, on shapes ----

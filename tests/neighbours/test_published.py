@@ -1,10 +1,15 @@
 r"""neighbours/published.py: OpenAI's checkpoints fit by the order of their tensors."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from neighbours.published import load_published
+import sample
+from neighbours.published import load_published, open_published
+from neighbours.variance import LearnedVariance
+from support import cli
+from support.checkpoint import write_checkpoint
 from unet import UNet
 
 
@@ -89,3 +94,76 @@ def test_a_torch_file_that_holds_no_dict_raises_one_line(held):
     """Whatever else torch.load may give."""
     with pytest.raises(ValueError, match=r"^theirs.pt holds a \w+; expected a dict of tensors.*$"):
         load_published(untrained(), held, "theirs.pt")
+
+
+# ---- sampled as they are ----
+
+
+@pytest.fixture
+def run(capsys):
+    """Calls a script's main -> (exit code, what it printed)."""
+
+    def call(main, *argv):
+        try:
+            code = cli.run(main, [str(word) for word in argv])
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    return call
+
+
+def saved(net, path):
+    torch.save(foreign(net), path)
+    return path
+
+
+def test_a_file_is_sampled_from_one_line_and_its_size_is_read_off_its_tensors(run, tmp_path):
+    """The same images as of a checkpoint of ours that holds the same weights."""
+    net = small(res_blocks=2)
+    file = saved(net, tmp_path / "theirs.pt")
+    model, settings = open_published(file, "cosine", 20)
+    assert (settings["image_size"], settings["channels"], settings["res_blocks"]) == (16, 32, 2)
+    weights = {"theta." + name: tensor for name, tensor in net.state_dict().items()}
+    assert model.state_dict().keys() == weights.keys()
+    write_checkpoint(tmp_path / "ours.pt", settings, model=weights, ema=weights)
+    for name, flags in (("theirs", ["--published", "cosine:20"]), ("ours", [])):
+        out = ["--n", 2, "--steps", 3, "--device", "cpu", "--out", tmp_path / f"{name}.npz"]
+        code, text = run(sample.main, tmp_path / f"{name}.pt", *flags, *out)
+        assert code == 0, text
+    theirs, ours = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("theirs", "ours"))
+    assert (theirs == ours).all()
+
+
+def test_a_learned_variance_is_kept_for_ancestral_steps_and_the_bound(run, tmp_path):
+    file = saved(small(out_channels=6), tmp_path / "theirs.pt")
+    model, settings = open_published(file, "linear", 40)
+    assert isinstance(model, LearnedVariance) and settings["learn_sigma"]
+    how = [file, "--published", "linear:40", "--n", 2, "--steps", 3, "--device", "cpu"]
+    steps = ["--sampler", "ddpm", "--variance", "learned", "--out", tmp_path / "a.png"]
+    assert run(sample.main, *how, *steps)[0] == 0
+    code, text = run(sample.main, *how, "--bits-per-dim", "--data", "shapes")
+    assert code == 0 and "learned variance" in text
+
+
+@pytest.mark.parametrize(
+    "held, says",
+    [
+        ({"a": torch.zeros(3)}, "1 tensors that fit no U-Net of ours"),
+        ({}, "0 tensors that fit no U-Net of ours"),
+        ([torch.zeros(1)], "holds a list"),
+        ({"a": torch.zeros(4, 3), "b": torch.zeros(())}, "2 tensors that fit no"),
+    ],
+)
+def test_a_file_that_fits_no_u_net_is_one_line(held, says, run, tmp_path):
+    torch.save(held, tmp_path / "odd.pt")
+    out = ["--out", tmp_path / "a.png"]
+    code, text = run(sample.main, tmp_path / "odd.pt", "--published", "cosine:20", *out)
+    assert code == 1 and text.startswith("error: ") and text.count("\n") == 1 and says in text
+
+
+@pytest.mark.parametrize("text", ["cosine", "cosine:", "cosine:0", "sine:10", "linear:x"])
+def test_what_is_no_schedule_is_a_usage_error(text, run):
+    code, said = run(sample.main, "theirs.pt", "--published", text)
+    assert code == 2 and said.startswith("error: ")

@@ -112,8 +112,8 @@ def test_every_row_of_the_tables_is_a_command_line(line, model, metrics, data, s
         ("--channels 48", "48"),
         ("--dropout 1", "'1'"),
         ("--T 0", "'0'"),
-        ("--T 150", "100 sampling steps"),
-        ("--T 150 --sample-every 0 --eval-every 5", "100 sampling steps"),
+        ("--T 150 --sample-steps 151", "--sample-steps 151"),
+        ("--sample-steps 0", "'0'"),
         ("--schedule linear --T 20 --sample-every 0", "beta = 1"),
         ("--lr nan", "nan"),
         ("--lr 0", "'0'"),
@@ -266,8 +266,7 @@ def test_resume_refuses_a_changed_setting_and_names_it(flags, names, tmp_path, c
         ("", "--accumulate 16", "multiple of 1 processes x --accumulate 16"),
         ("--model classifier", "--sample-every 5", "makes no images"),
         ("--model classifier", "--eval-every 5", "makes no images"),
-        ("--T 150", "--sample-every 5", "100 sampling steps"),
-        ("--T 150", "--eval-every 5", "100 sampling steps"),
+        ("--T 150", "--sample-steps 151", "at most the 150 steps of --T"),
     ],
 )
 def test_a_resume_is_checked_on_the_settings_it_comes_to(begun, changed, says, tmp_path, capsys):
