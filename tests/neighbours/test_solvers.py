@@ -107,11 +107,8 @@ def rows_of_the_page():
         yield schedule, sampler, int(n), dict(zip(spacings, cells, strict=True))
 
 
-@pytest.mark.parametrize(
-    "row", list(rows_of_the_page()), ids=lambda row: " ".join(map(str, row[:3]))
-)
-def test_the_table_of_the_page_is_what_is_computed(row):
-    name, sampler, n, cells = row
+@pytest.mark.parametrize("name, sampler, n, cells", list(rows_of_the_page()))
+def test_the_table_of_the_page_is_what_is_computed(name, sampler, n, cells):
     schedule, step = SCHEDULES[name], {"ddim": Ddim, "dpm++": DpmSolver2M}[sampler]
     for spaced, cell in cells.items():
         found = distance(schedule, STEPS[spaced](schedule, n), step())
