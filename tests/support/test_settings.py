@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 from data import Images
 from metrics import METRICS, FeatureDistance
 from neighbours.guidance import Classifier
@@ -128,7 +127,7 @@ def test_every_row_of_the_tables_is_a_command_line(line, model, metrics, data, s
 )
 def test_what_the_flags_alone_show_to_be_wrong_is_one_line_and_exit_2(line, says, capsys):
     with pytest.raises(SystemExit) as end:
-        train.main(line.split())
+        settings(*line.split())
     assert end.value.code == 2 and says in error_of(capsys)
 
 
