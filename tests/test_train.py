@@ -74,7 +74,7 @@ FIXRES = "--refiner fixres --refiner-input x0+eps"
         "--model ddpm --predict x0 --metric ssim=0.1",
         "--model dual --metric ssim=0.1 --metric haarpsi=0.1",
         pytest.param(FIXRES, marks=pytest.mark.slow),
-        "--precision bf16 --metric ssim=1",
+        pytest.param("--precision bf16 --metric ssim=1", marks=pytest.mark.slow),
     ],
 )
 def test_every_model_trains_and_samples(flags, tmp_path):
