@@ -267,7 +267,8 @@ class Run:
         watch = None  # one rank must not leave while the others wait for it
         if parallel.size() == 1:
             watch = self.stop.check
-        return fid.sampled(sampler, n, batch_size_of_samples(self.device), watch)
+        batch_size = batch_size_of_samples(self.device, self.settings)
+        return fid.sampled(sampler, n, batch_size, watch)
 
     def draw_grid(self):
         """samples_STEP.png and curves.png."""
@@ -309,7 +310,7 @@ class Run:
             f"step {self.step} of {s['iterations']}"
         )
         if s["sample_every"] or s["eval_every"]:
-            size = batch_size_of_samples(self.device)
+            size = batch_size_of_samples(self.device, s)
             print(f"samples are drawn in {s['precision']}, {size} at a time")
         print(f"writing to {self.folder}")
 
@@ -357,9 +358,12 @@ def grid_path(folder, step):
     return folder / f"samples_{step:06d}.png"
 
 
-def batch_size_of_samples(device):
-    """What fills the device; image i is the same for any batch."""
-    return 64 if device.type == "cpu" else 256
+def batch_size_of_samples(device, s):
+    """Twice what a GPU trains at once, within 64 and 256; image i is the same for any batch."""
+    if device.type == "cpu":
+        return 64
+    at_once = s["batch_size"] // (parallel.size() * s["accumulate"])
+    return min(256, max(64, 2 * at_once))
 
 
 def compile_mode(device, parts):

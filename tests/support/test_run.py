@@ -166,7 +166,7 @@ def test_grids_and_evaluations_sample_in_the_runs_precision(
     precision, tmp_path, monkeypatch, capsys
 ):
     """And in batches that fill the device, here of two; the first lines say both."""
-    monkeypatch.setattr(run_module, "batch_size_of_samples", lambda device: 2)
+    monkeypatch.setattr(run_module, "batch_size_of_samples", lambda device, s: 2)
     flags = ["--model", "ddpm", "--precision", precision, "--sample-every", 4]
     r = new_run(tmp_path, "--T", 4, *flags)
     computed = []
@@ -179,9 +179,14 @@ def test_grids_and_evaluations_sample_in_the_runs_precision(
     assert f"samples are drawn in {precision}, 2 at a time" in capsys.readouterr().out
 
 
-def test_a_gpu_samples_more_at_a_time_than_a_cpu():
-    sizes = [batch_size_of_samples(torch.device(device)) for device in ("cpu", "cuda")]
-    assert sizes == [64, 256]
+@pytest.mark.parametrize(
+    "device, batch_size, parts, size",
+    [("cpu", 512, 1, 64), ("cuda", 128, 1, 256), ("cuda", 128, 2, 128), ("cuda", 16, 1, 64)],
+)
+def test_a_gpu_samples_twice_what_it_trains_at_a_time(device, batch_size, parts, size):
+    """Within 64 and 256, since FID's network sees the batch at 299 x 299."""
+    s = {"batch_size": batch_size, "accumulate": parts}
+    assert batch_size_of_samples(torch.device(device), s) == size
 
 
 # ---- what is said ----
