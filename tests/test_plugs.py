@@ -143,6 +143,7 @@ def test_a_metric_is_a_function_and_a_row(tmp_path, monkeypatch):
     assert sampled(checkpoint).shape == (2, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_a_data_set_is_a_function_and_a_row(tmp_path, monkeypatch, scored):
     def open_greys(image_size, data_dir):
         pixels = np.arange(4, dtype=np.uint8)[:, None, None, None] * 60
@@ -209,6 +210,7 @@ def test_a_model_that_predicts_v_is_a_class_and_a_row(tmp_path, monkeypatch):
     assert sampled(checkpoint).shape == (2, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_a_score_is_a_function_and_a_row(tmp_path, monkeypatch, scored):
     def score_means(a, b):
         return {"distance_of_means": float(np.linalg.norm(a.mu - b.mu))}

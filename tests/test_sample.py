@@ -340,6 +340,7 @@ def test_gaussian_data_is_sampled_by_the_whole_sampler(eta):
     assert abs(images.std() - s) < 5 * s / math.sqrt(2 * n) + 0.02
 
 
+@pytest.mark.slow
 def test_bf16_is_the_networks_alone_and_changes_the_images_little():
     """The convolutions run in bfloat16, x_t stays in float32; images move by 5 % at most."""
     model, dtypes = small_model(), []

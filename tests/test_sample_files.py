@@ -68,6 +68,7 @@ def test_image_i_is_the_same_for_any_n_and_any_batch_size(checkpoint, tmp_path):
     assert abs(a[0] - a[1]).max() > 8
 
 
+@pytest.mark.slow
 def test_the_seed_and_raw_change_the_images_and_bf16_hardly_moves_them(checkpoint, tmp_path):
     found = []
     for flags in ([], ["--seed", 1], ["--raw"], ["--precision", "bf16"]):

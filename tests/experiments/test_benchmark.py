@@ -11,6 +11,7 @@ CPU = torch.device("cpu")
 SMALL = {"channels": 32, "res_blocks": 1}
 
 
+@pytest.mark.slow
 def test_a_call_lets_the_real_loop_through_its_burst_and_leaves_the_log_alone(tmp_path):
     run = benchmark.Steps(CPU, tmp_path, model="ddpm", **SMALL)
     before = run.weights[0].detach().clone()

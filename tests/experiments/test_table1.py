@@ -228,6 +228,7 @@ def test_the_papers_scale_is_scored_by_fid_py(tmp_path, monkeypatch):
 # ---- the rows ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch):
     """With the metric named, the sizes matched, and the judge's place filled in."""
@@ -248,6 +249,7 @@ def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch)
             assert how.flags == experiment.rows[how.weights].flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_one_network_is_matched_to_cas_dms_two(preset):
     """The size-matched rows have Cas-DM's parameters and operations to 4 %."""

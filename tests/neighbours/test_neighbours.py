@@ -108,6 +108,7 @@ def test_learn_sigma_is_the_hybrid_objective_unless_vlb_is_asked_for(line, objec
     assert settings["objective"] == objective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [
@@ -143,6 +144,7 @@ def test_labels_are_needed_where_they_are_asked_for(line, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_in_casdm_the_self_perceptual_metric_stands_beside_the_three_losses(checkpoints, tmp_path):
     judge = f"{checkpoints['PLAIN']}=0.5"
     checkpoint = trained(tmp_path / "run", "--self-perceptual", judge, steps=10)
@@ -153,6 +155,7 @@ def test_in_casdm_the_self_perceptual_metric_stands_beside_the_three_losses(chec
     assert not any("frozen" in name for name in read_checkpoint(checkpoint)["model"])
 
 
+@pytest.mark.slow
 def test_a_ddpm_trained_by_it_alone_starts_from_the_frozen_models_weights(checkpoints, tmp_path):
     judge = f"{checkpoints['PLAIN']}=0.5"
     flags = ["--model", "ddpm", "--self-perceptual", judge]

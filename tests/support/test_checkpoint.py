@@ -56,6 +56,7 @@ def test_a_version_1_checkpoint_opens_with_the_same_weights(settings, names, tmp
         assert kept == settings
 
 
+@pytest.mark.slow
 def test_a_run_begun_by_version_1_goes_on_bit_for_bit(images, tmp_path):
     """Optimiser and log too; its settings know no lambdas, which are then the paper's."""
     common = [*SMALL, "--data", images]

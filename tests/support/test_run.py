@@ -82,6 +82,7 @@ def test_a_resumed_run_lets_the_checkpoint_go(tmp_path, monkeypatch):
 # ---- best.pt ----
 
 
+@pytest.mark.slow
 def test_the_best_has_the_least_fid_of_equally_many_samples(tmp_path, monkeypatch):
     """FID falls with n: 3 of 8 samples says nothing about 5 of 4, which begins anew."""
     monkeypatch.setattr("fid.InceptionFeatures", Features)
@@ -119,6 +120,7 @@ def test_an_earlier_row_without_n_counts_as_one_of_as_many(earlier, best, tmp_pa
 # ---- the log ----
 
 
+@pytest.mark.slow
 def test_images_per_second_leaves_out_grids_evaluations_and_saves(tmp_path, monkeypatch):
     """By a clock on which a step of 4 images takes a second, and everything else a hundred."""
     now = [0.0]

@@ -327,6 +327,7 @@ def test_a_named_set_and_a_path_are_never_one_anothers_place(
     assert "expected the same" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_copied_folder_of_images_is_another_place_with_a_note(tmp_path, monkeypatch, capsys):
     """Its fingerprint holds times, which a copy may change, so that it cannot prove a change."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -345,6 +346,7 @@ def test_a_copied_folder_of_images_is_another_place_with_a_note(tmp_path, monkey
     assert f"note: files in {new} have changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_self_perceptual_judge_can_be_moved_but_its_weight_stays(tmp_path, capsys):
     old, new = tmp_path / "judge/checkpoint.pt", tmp_path / "moved.pt"
     assert run(*SMALL, "--model", "ddpm", "--iterations", 1, "--out", tmp_path / "judge") == 0
@@ -363,6 +365,7 @@ def test_a_self_perceptual_judge_can_be_moved_but_its_weight_stays(tmp_path, cap
 # ---- published weights ----
 
 
+@pytest.mark.slow
 def test_a_resume_needs_no_published_weights(tmp_path):
     """What the run began with is in its checkpoint, trained further."""
     published = tmp_path / "published.pt"
