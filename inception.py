@@ -15,7 +15,10 @@ from torchvision.models import inception
 
 from support.files import download, read_tensors
 
-WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS = (
+    "https://github.com/mseitzer/pytorch-fid"
+    "/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+)
 
 
 class InceptionFeatures(inception.Inception3):

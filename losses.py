@@ -38,9 +38,9 @@ def training_losses(model, batch, metrics):
     metrics : {name: (pred, batch) -> [B]}
     """
     pred = model(batch.x_t, batch.t, batch.y)  # figure 1
-    losses = model.losses(pred, batch)  # Eq. 12
+    losses = model.losses(pred, batch)  # Cas-DM Eq. 12
     for name, metric in metrics.items():
-        losses[name] = metric(pred, batch)  # Eq. 13
+        losses[name] = metric(pred, batch)  # Cas-DM Eq. 13
     return losses
 
 
