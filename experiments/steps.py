@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from data import from_pixels, load_images, to_pixels
-from fid import Statistics, frechet_distance
+from fid import Statistics
+from scores import frechet_distance
 from sample import load_model, open_sampler, sampler_defaults
 from support import cli
 from support.draws import stream
