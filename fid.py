@@ -1,9 +1,10 @@
-r"""FID, sFID, Inception Score, precision and recall, by the conventions behind the paper's tables.
+r"""FID, sFID, Inception Score, KID, precision and recall, by the paper's tables' conventions.
 
     python fid.py runs/casdm/best.pt cifar10 --n 50000   a checkpoint, sampled on the fly
     python fid.py samples.npz reference.npz --json       images, or statistics of any maker
     python fid.py cifar10 --save-stats reference.npz     statistics for later
     python fid.py FOLDER shapes --weights random         the whole path without a download; no FID
+    python fid.py A B --dims 768 --weights PATH          an earlier layer: fid_768, never fid
 
     A, B        a folder of images, an images .npz (arr_0 uint8 [N, H, W, 3]), a checkpoint .pt, a
                 data set's name, or a statistics .npz (mu, sigma, mu_s, sigma_s, n) made here, by
@@ -11,16 +12,20 @@ r"""FID, sFID, Inception Score, precision and recall, by the conventions behind 
     FID         `frechet_distance` of pool_3's 2048 features                            (TTUR)
     sFID        that of mixed_6/conv's first 7 channels, 7 x 17 x 17 = 2023 features    (Nash)
     IS          `inception_score` of A                                                  (IS)
+    KID         `kernel_distance` of A and B, which does not depend on n                (KID)
     precision   `precision_recall`: the share of A near B, and recall that of B near A  (PR)
-                up to 50,000 images a side, and beyond them with --precision-recall
+                these and KID up to 50,000 images a side, and beyond with --precision-recall
 
     Cas-DM   arXiv:2401.02414v1      TTUR   arXiv:1706.08500      Nash   arXiv:2103.03841
-    IS       arXiv:1606.03498        PR     arXiv:1904.06991
+    IS       arXiv:1606.03498        KID    arXiv:1801.01401      PR     arXiv:1904.06991
+
+With --dims 64, 192 or 768 (pytorch-fid's) pool is an earlier layer: the distance is fid_64 and so
+on, and KID, precision and recall are of that layer too.
 
 CHOICE: the paper names the features by the nodes of guided-diffusion's evaluator, so its
 conventions are followed: the network and resize of inception.py, uint8 images, unbiased
 covariances, IS without bias over splits of 5000 in the given order.  Reference images are never
-flipped.  Two numbers compare only at equal n: FID falls with n, and sFID much more so.
+flipped.  Two distances compare only at equal n: FID falls with n, and sFID much more so.
 """
 
 import contextlib
@@ -37,16 +42,24 @@ import numpy as np
 import torch
 
 from data import DATASETS, raw_images, to_pixels
-from inception import InceptionFeatures
+from inception import LAYERS, InceptionFeatures
 from sample import check_sampler, open_model, open_sampler, sampler_defaults, sampler_flags
-from scores import SPLIT, frechet_distance, gaussian, inception_score, precision_recall
+from scores import (
+    SPLIT,
+    frechet_distance,
+    gaussian,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from support import cli, parallel
 from support.files import atomic, read_npz
 from support.images import cache_folder
+from support.models import neighbours
 
 STEADY = 2048  # below so many images the covariance of pool_3 is singular
 POOL = 2048  # features of pool_3
-PAIRED = 50_000  # images a side up to which precision and recall are always computed (PR)
+PAIRED = 50_000  # images a side up to which KID, precision and recall are always computed
 
 
 # ---- statistics ----
@@ -86,17 +99,40 @@ class Statistics:
         ).cpu().numpy()
 
 
+class Splits:
+    """The Inception Score of logits as they come: a split is scored and let go when it is full."""
+
+    def __init__(self):
+        self.scores, self.pending = [], None
+
+    def add(self, logits):
+        """logits : [N, K]"""
+        if self.pending is not None:
+            logits = torch.cat([self.pending, logits])
+        while len(logits) >= SPLIT:
+            self.scores.append(inception_score(logits[:SPLIT])[0])
+            logits = logits[SPLIT:]
+        self.pending = logits
+
+    def score(self):
+        """Its mean and deviation over the splits, the last of which may be smaller."""
+        scores = list(self.scores)
+        if len(self.pending):
+            scores.append(inception_score(self.pending)[0])
+        return float(np.mean(scores)), float(np.std(scores))
+
+
 class Features(NamedTuple):
     """What is kept of one side; None where it is not known."""
 
-    mu: np.ndarray  # [2048] of pool
-    sigma: np.ndarray  # [2048, 2048]
+    mu: np.ndarray  # [D] of pool
+    sigma: np.ndarray  # [D, D]
     mu_s: np.ndarray | None = None  # [2023] of spatial
     sigma_s: np.ndarray | None = None  # [2023, 2023]
     n: int | None = None  # images
     weights: str | None = None  # the network's name
     score: tuple | None = None  # Inception Score: mean, standard deviation
-    pool: torch.Tensor | None = None  # [n, 2048] float16, for precision and recall
+    pool: torch.Tensor | None = None  # [n, D] float16, for KID, precision and recall
 
 
 @torch.inference_mode()
@@ -107,34 +143,37 @@ def features_of(batches, network, n=None, keep_pool=False):
     keep_pool : keep the rows of pool too, in float16; n must be given
     ValueError below 2 images and where a feature is not finite.
     """
-    pool_sums, spatial_sums, kept, splits, pending = Statistics(), Statistics(), None, [], None
+    pool_sums, spatial_sums, splits, kept = Statistics(), Statistics(), Splits(), None
     with cli.progress(n, "features", "image") as bar:
         for batch in batches:
-            pool, spatial, logits = (parallel.concat(rows) for rows in network(batch))
+            rows = network(batch)
+            pool, spatial, logits = (None if x is None else parallel.concat(x) for x in rows)
             pool_sums.add(pool)
-            spatial_sums.add(spatial)
+            if spatial is not None:
+                spatial_sums.add(spatial)
+            if logits is not None:
+                splits.add(logits)
             if keep_pool and kept is None:  # once, since joining batches would take it twice
                 kept = pool.new_empty((n, pool.shape[1]), dtype=torch.float16)
             if keep_pool:
                 kept[pool_sums.n - len(pool) : pool_sums.n] = pool
-            pending = (
-                logits if pending is None else torch.cat([pending, logits])
-            )  # of the unfinished split
-            while len(pending) >= SPLIT:
-                splits.append(inception_score(pending[:SPLIT])[0])
-                pending = pending[SPLIT:]
             bar.update(len(pool))
-    gaussians = (*pool_sums.gaussian(), *spatial_sums.gaussian())
-    splits += [inception_score(pending)[0]] if len(pending) else []
-    score = float(np.mean(splits)), float(np.std(splits))
-    pool = kept[: pool_sums.n] if keep_pool else None
-    return Features(*gaussians, pool_sums.n, network.name, score, pool)
+    mu, sigma = pool_sums.gaussian()
+    found = Features(mu, sigma, n=pool_sums.n, weights=network.name)
+    if spatial is not None:
+        mu_s, sigma_s = spatial_sums.gaussian()
+        found = found._replace(mu_s=mu_s, sigma_s=sigma_s)
+    if logits is not None:
+        found = found._replace(score=splits.score())
+    if keep_pool:
+        found = found._replace(pool=kept[: pool_sums.n])
+    return found
 
 
 # ---- scores ----
 
 
-def scores(a, b):
+def compare(a, b):
     """Every number of SCORES that two Features allow; and n_a, n_b, where they are known.
 
     ValueError where different networks made them.  Warns of numbers that say little.
@@ -150,8 +189,7 @@ def scores(a, b):
 
 
 def score_fid(a, b):
-    name = "random_feature_distance" if random_weights(a, b) else "fid"
-    return {name: frechet_distance(a.mu, a.sigma, b.mu, b.sigma)}
+    return {distance_name(a, b): frechet_distance(a.mu, a.sigma, b.mu, b.sigma)}
 
 
 def score_sfid(a, b):
@@ -168,11 +206,20 @@ def score_is(a, b):
     return {"is": mean, "is_std": deviation}
 
 
+def score_kid(a, b):
+    if a.pool is None or b.pool is None or random_weights(a, b) or min(a.n, b.n) < 4:
+        return {}
+    mean, deviation = kernel_distance(a.pool, b.pool)
+    name = f"kid{judge_name(a, b)}"
+    return {name: mean, f"{name}_std": deviation}
+
+
 def score_precision_recall(a, b):
     if a.pool is None or b.pool is None or random_weights(a, b) or min(a.n, b.n) <= 3:
         return {}
     precision, recall = precision_recall(a.pool, b.pool)
-    return {"precision": precision, "recall": recall}
+    judge = judge_name(a, b)
+    return {f"precision{judge}": precision, f"recall{judge}": recall}
 
 
 # To add one: a function (a, b) -> {name: number} of two Features, {} where they lack what it needs,
@@ -181,8 +228,27 @@ SCORES = (
     score_fid,
     score_sfid,
     score_is,
+    score_kid,
     score_precision_recall,
 )
+
+
+def distance_name(a, b):
+    """What the Frechet distance of pool is called: FID is that of 2048 features of Inception."""
+    if random_weights(a, b):
+        return "random_feature_distance"
+    judge = judge_name(a, b)
+    if judge:
+        return f"fd{judge}"
+    earlier = [dims for dims in LAYERS if dims != POOL]
+    return f"fid_{len(a.mu)}" if len(a.mu) in earlier else "fid"
+
+
+def judge_name(a, b):
+    """_judge or the like, where another network than Inception made the features."""
+    weights = a.weights or b.weights
+    kind = weights.rpartition("-")[0] if weights else "inception"
+    return "" if kind == "inception" else f"_{kind}"
 
 
 def random_weights(a, b):
@@ -346,11 +412,12 @@ def parse_args(argv):
     p.add_argument("A", help="what is scored")
     p.add_argument("B", nargs="?", help="the reference; may be left out with --save-stats")
     what = p.add_argument_group("what")
-    what.add_argument(
-        "--weights",
-        metavar="PATH|random",
-        help="Inception weights (default: pytorch-fid's published file, downloaded once)",
-    )
+    text = "Inception weights (default: pytorch-fid's published file, downloaded once)"
+    what.add_argument("--weights", metavar="PATH|random", help=text)
+    text = "features of an earlier layer, as pytorch-fid has them: fid_64, fid_192 or fid_768"
+    what.add_argument("--dims", type=int, choices=LAYERS, default=POOL, help=text)
+    for neighbour in neighbours():
+        neighbour.score_flags(what)
     what.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -360,7 +427,7 @@ def parse_args(argv):
     what.add_argument(
         "--precision-recall",
         action="store_true",
-        help=f"precision and recall also of more than {PAIRED:,} images a side",
+        help=f"KID, precision and recall also of more than {PAIRED:,} images a side",
     )
     what.add_argument(
         "--skip-bad",
@@ -420,7 +487,7 @@ def main(argv=None):
             "--precision-recall, and A or B holds statistics alone; "
             "expected images on both sides; leave it out or give the images"
         )
-    network = InceptionFeatures(a.weights).to(device) if with_images else None
+    network = feature_network(a).to(device) if with_images else None
     keep_pool = False
     if len(with_images) == 2 and a.weights != "random":
         keep_pool = _affordable(*(n for _, n in sides), a.precision_recall)
@@ -434,9 +501,9 @@ def main(argv=None):
     if a.save_stats:
         save_statistics(a.save_stats, features[0])
         print(f"statistics of {a.A} written to {a.save_stats.absolute()}", file=note)
-    result = scores(*features) if a.B else None
+    result = compare(*features) if a.B else None
     if result and a.json:
-        print(json.dumps(result))
+        print(json.dumps(result | {"weights": features[0].weights or features[1].weights}))
     elif result:
         print(
             "  ".join(
@@ -449,14 +516,23 @@ def main(argv=None):
         print(bf16_effect(head, exact, network, other), file=note)
 
 
+def feature_network(a):
+    """The network whose features are compared: a neighbour's, or Inception's."""
+    for neighbour in neighbours():
+        network = neighbour.score_network(a)
+        if network:
+            return network
+    return InceptionFeatures(a.weights, a.dims)
+
+
 def _affordable(n_a, n_b, asked):
-    # whether precision and recall are computed; what they cost is said where it is much
+    # whether KID, precision and recall are computed; what they cost is said where it is much
     if max(n_a, n_b) <= PAIRED:
         return True
     gigabytes = 2 * POOL * (n_a + n_b) / 1e9  # float16
     operations = 2 * POOL * (n_a**2 + n_a * n_b + n_b**2) / 1e12
     cost = (
-        f"note: precision and recall of {n_a:,} and {n_b:,} images take {gigabytes:,.1f} GB "
+        f"note: KID, precision and recall of {n_a:,} and {n_b:,} images take {gigabytes:,.1f} GB "
         f"and {operations:,.0f} trillion operations"
     )
     if not asked:

@@ -17,8 +17,8 @@ import torch
 
 from data import from_pixels, load_images, to_pixels
 from fid import Statistics
-from scores import frechet_distance
 from sample import load_model, open_sampler, sampler_defaults
+from scores import frechet_distance
 from support import cli
 from support.draws import stream
 from support.pictures import pyplot, save_figure

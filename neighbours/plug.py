@@ -70,3 +70,14 @@ class Neighbour:
 
     def steer(self, a, sampler, settings):
         """Changes a sample.Sampler as its flags say."""
+
+    # ---- fid.py ----
+
+    def score_flags(self, p):
+        """Adds its flags of which features are compared."""
+
+    def score_network(self, a):
+        """The network of features, as inception.InceptionFeatures is one, that `a` names, if any.
+
+        Its name is KIND-HASH: the distance of its features is called fd_KIND.
+        """

@@ -287,7 +287,7 @@ class Run:
         n = self.settings["eval_samples"]
         kind = {"n": n} | {key: self.settings[key] for key in ("sampler", "sample_steps")}
         reference = fid.reference(self.images, self.network)
-        found = fid.scores(fid.features_of(self.samples(n), self.network, n), reference)
+        found = fid.compare(fid.features_of(self.samples(n), self.network, n), reference)
         rows = [row for row in pictures.read_log(self.folder) if BEST_BY in row]
         rivals = [row for row in rows if is_of(kind, row)]
         if all(found[BEST_BY] < row[BEST_BY] for row in rivals):

@@ -47,7 +47,7 @@ def batches(images, size):
 class Tiny(nn.Module):
     """A network of the same interface with 12, 5 and 7 features, in float64."""
 
-    def __init__(self, weights=None):
+    def __init__(self, weights=None, dims=2048):
         super().__init__()
         self.name = f"{weights or 'inception'}-00000000"
         self.fc = nn.Linear(1, 1)
@@ -265,8 +265,9 @@ def checkpoint(files, monkeypatch):
     return files / "model.pt"
 
 
-SCORES = {"fid", "sfid", "is", "is_std", "n_a", "n_b"}
-ALL = SCORES | {"precision", "recall"}
+SCORES = {"fid", "sfid", "is", "is_std", "n_a", "n_b", "weights"}
+ALL = SCORES | {"kid", "kid_std", "precision", "recall"}
+OF_STATISTICS = {"fid", "sfid", "n_a", "n_b", "weights"}
 
 
 @few
@@ -277,9 +278,9 @@ ALL = SCORES | {"precision", "recall"}
         ("images.npz", "shapes", ALL, (12, 4096)),
         ("images.npz", "stats.npz", SCORES, (12, 30)),
         ("images.npz", "pytorch_fid.npz", SCORES - {"sfid", "n_b"}, (12, None)),
-        ("stats.npz", "images.npz", {"fid", "sfid", "n_a", "n_b"}, (30, 12)),
-        ("stats.npz", "stats.npz", {"fid", "sfid", "n_a", "n_b"}, (30, 30)),
-        ("pytorch_fid.npz", "stats.npz", {"fid", "n_b"}, (None, 30)),
+        ("stats.npz", "images.npz", OF_STATISTICS, (30, 12)),
+        ("stats.npz", "stats.npz", OF_STATISTICS, (30, 30)),
+        ("pytorch_fid.npz", "stats.npz", OF_STATISTICS - {"sfid", "n_a"}, (None, 30)),
     ],
 )
 def test_each_kind_of_side_gives_the_numbers_it_can(files, tiny, capsys, a, b, keys, counts):
@@ -288,6 +289,7 @@ def test_each_kind_of_side_gives_the_numbers_it_can(files, tiny, capsys, a, b, k
     got = printed(capsys, *sides)
     assert set(got) == keys and (got.get("n_a"), got.get("n_b")) == counts
     assert all(isinstance(got[key], int) for key in keys & {"n_a", "n_b"})
+    assert got.pop("weights") == "inception-00000000"
     assert all(np.isfinite(value) for value in got.values())
 
 
@@ -301,6 +303,7 @@ def test_a_checkpoint_is_sampled_on_the_fly_and_the_batch_size_does_not_matter(
     same = printed(capsys, *argv, "--seed", 3, "--batch-size", 4)
     other = printed(capsys, *argv, "--seed", 4)
     assert set(one) == ALL and one["n_a"] == 10
+    assert one.pop("weights") == same.pop("weights")
     assert same == {key: pytest.approx(value, rel=1e-9, abs=1e-9) for key, value in one.items()}
     assert abs(one["fid"] - other["fid"]) > 1e-6
 
@@ -321,7 +324,8 @@ def test_random_weights_never_give_a_number_called_fid(files, tiny, capsys):
     random = files / "random.npz"
     with pytest.warns(UserWarning, match="no FID"):
         got = printed(capsys, *argv, "--save-stats", random)
-    assert set(got) == {"random_feature_distance", "random_spatial_distance", "n_a", "n_b"}
+    names = {"random_feature_distance", "random_spatial_distance"}
+    assert set(got) == names | {"n_a", "n_b", "weights"}
     with pytest.warns(UserWarning, match="no FID"):
         run(*argv)
     assert "fid " not in capsys.readouterr().out.lower().replace("no fid", "")
@@ -357,10 +361,10 @@ def test_few_images_are_warned_of_and_many_are_not():
     """Below 2,048 images there is a warning, from there on none."""
     nine = features(pixels(9))
     with pytest.warns(UserWarning, match="9 images are few: below 2,048"):
-        fid.scores(nine, nine._replace(n=2048))
+        fid.compare(nine, nine._replace(n=2048))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fid.scores(nine._replace(n=2048), nine._replace(n=None))
+        fid.compare(nine._replace(n=2048), nine._replace(n=None))
 
 
 def test_a_short_last_split_of_the_inception_score_is_warned_of():
@@ -368,17 +372,17 @@ def test_a_short_last_split_of_the_inception_score_is_warned_of():
     nine = features(pixels(9))
     other = nine._replace(n=None)
     with pytest.warns(UserWarning, match="Inception Score holds 7 images, not 5,000"):
-        fid.scores(nine._replace(n=10_007), other)
+        fid.compare(nine._replace(n=10_007), other)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fid.scores(nine._replace(n=10_000), other)
-        fid.scores(nine._replace(n=4_999), other)
-        fid.scores(nine._replace(n=10_007, score=None), other)
+        fid.compare(nine._replace(n=10_000), other)
+        fid.compare(nine._replace(n=4_999), other)
+        fid.compare(nine._replace(n=10_007, score=None), other)
 
 
 # ---- what is asked for ----
 
-COST = "note: precision and recall of 9 and 12 images take 0.0 GB and 0 trillion operations"
+COST = "note: KID, precision and recall of 9 and 12 images take 0.0 GB and 0 trillion operations"
 
 
 @few

@@ -1,6 +1,7 @@
 """inception.py: the resize's and the network's golden values, and the files of weights."""
 
 import importlib.util
+import json
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchvision.models import Inception3
 
 import fid
 import inception
-from inception import InceptionFeatures, tf1_resize
+from inception import InceptionFeatures, layers_up_to, tf1_resize
 from made import random_pixels
 from runs import ROOT
 
@@ -109,8 +110,12 @@ def batches(images, size):
 
 
 @pytest.mark.slow
-def test_sfid_of_real_images_agrees_with_an_independent_scorer():
-    """Between 60 and 60 CIFAR-10 images, to 1e-3, with TensorFlow's own weights up to mixed_7."""
+@pytest.mark.filterwarnings("ignore:.*images are few")
+def test_scores_of_real_images_agree_with_an_independent_scorer(tmp_path, capsys):
+    """fid_768 and sfid between 60 and 60 CIFAR-10 images, to 1e-3, with TensorFlow's own weights.
+
+    The file holds the layers up to mixed_7 alone, batch norms folded.
+    """
     weights, tool = SHARED / "data/inception_2015_to_mixed_7.pth", SHARED / "tools/score.py"
     mosaics = SHARED / "data/cifar10_train"
     if not (weights.exists() and tool.exists() and mosaics.exists()):
@@ -121,18 +126,44 @@ def test_sfid_of_real_images_agrees_with_an_independent_scorer():
     mosaic = np.asarray(Image.open(mosaics / "00.webp").convert("RGB"))  # 50 x 50 images
     rows = mosaic.reshape(50, 32, 50, 32, 3).transpose(0, 2, 1, 3, 4)
     images = rows.reshape(-1, 32, 32, 3)
-    net = InceptionFeatures("random")
-    for key, tensor in torch.load(weights, weights_only=True).items():
-        name, kind = key.rsplit(".", 1)
-        getattr(net.get_submodule(name).conv, kind).data.copy_(tensor)
-    ours, theirs = [], []
-    for part in (images[:60], images[60:120]):
-        found = fid.features_of(batches(part, 50), net)
-        ours.append((found.mu_s, found.sigma_s))
-        theirs.append(score.statistics(part, score.Inception(weights), "cpu", 50)[2:])
-    np.testing.assert_allclose(ours[0][0], theirs[0][0], atol=1e-4)
-    distance = fid.frechet_distance(*ours[0], *ours[1])
-    assert distance == pytest.approx(score.frechet(*theirs[0], *theirs[1]), rel=0, abs=1e-3)
+    network = score.Inception(weights)
+    sides, theirs = [], []
+    for name, part in (("a", images[:60]), ("b", images[60:120])):
+        sides.append(str(tmp_path / f"{name}.npz"))
+        np.savez(sides[-1], arr_0=part)
+        theirs.append(score.statistics(part, network, "cpu", 50))
+    fid.main([*sides, "--dims", "768", "--weights", str(weights), "--json"])
+    ours = json.loads(capsys.readouterr().out)
+    assert "fid" not in ours and ours["weights"].startswith("inception-")
+    a, b = theirs
+    assert ours["fid_768"] == pytest.approx(score.frechet(*a[:2], *b[:2]), rel=0, abs=1e-3)
+    assert ours["sfid"] == pytest.approx(score.frechet(*a[2:], *b[2:]), rel=0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "dims, layer", [(64, "maxpool1"), (192, "maxpool2"), (768, "Mixed_6e"), (2048, "Mixed_7c")]
+)
+def test_features_of_each_size_are_the_mean_of_pytorch_fids_layer(whole, dims, layer):
+    """Over the positions, of the whole network's output there; sFID's come from 768 on."""
+    [images] = batches(random_pixels(2, 40, 40), 2)
+    seen = []
+    hook = whole.get_submodule(layer).register_forward_hook(lambda *how: seen.append(how[-1]))
+    full = whole(images)
+    hook.remove()
+    rows = InceptionFeatures("random", dims)
+    assert rows.name.startswith("random-")
+    pool, spatial, logits = rows(images)
+    assert pool.shape == (2, dims)
+    torch.testing.assert_close(pool, seen[0].mean((2, 3)), rtol=1e-5, atol=1e-6)
+    assert (spatial is not None, logits is not None) == (dims >= 768, dims == 2048)
+    if spatial is not None:
+        torch.testing.assert_close(spatial, full.spatial)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The whole network, with random weights."""
+    return InceptionFeatures("random")
 
 
 @pytest.mark.slow
@@ -195,6 +226,16 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path, content, message):
         InceptionFeatures(path)
     error = str(e.value)
     assert message in error and "w.pth" in error and "\n" not in error
+
+
+def test_a_file_of_earlier_layers_is_refused_by_naming_the_dims_that_it_is_enough_for(tmp_path):
+    """Layers up to Mixed_6e give 768 features; the error says so."""
+    early = layers_up_to(768)
+    state = {k: torch.zeros(s) for k, s in shapes().items() if k.split(".")[0] in early}
+    torch.save(state, tmp_path / "early.pth")
+    with pytest.raises(ValueError, match="--dims 768 needs no more than it holds"):
+        InceptionFeatures(tmp_path / "early.pth")
+    assert InceptionFeatures(tmp_path / "early.pth", 768).dims == 768
 
 
 def test_published_weights_are_fetched_from_their_place_and_checked_by_hash(monkeypatch, tmp_path):

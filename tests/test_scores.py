@@ -135,6 +135,79 @@ def test_inception_score_is_that_of_its_definition_split_by_split():
     np.testing.assert_allclose(got, (np.mean(want), np.std(want)), rtol=1e-12)
 
 
+# ---- KID ----
+
+
+def moments(mean, deviation):
+    """E x, E x^2, E x^3 of a normal x."""
+    variance = deviation**2
+    return mean, mean**2 + variance, mean**3 + 3 * mean * variance
+
+
+def mmd_of_gaussians(a, b):
+    """Of N(mean, deviation^2) on the line, in closed form: (xy + 1)^3 has the first 3 moments."""
+
+    def kernel(p, q):
+        return 1 + 3 * p[0] * q[0] + 3 * p[1] * q[1] + p[2] * q[2]
+
+    a, b = moments(*a), moments(*b)
+    return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+
+
+def test_kid_is_unbiased_on_gaussians_whose_discrepancy_is_known():
+    """Its mean over many small sets is that of infinitely many rows, which few do not lower."""
+    a, b = (0.3, 0.8), (0.0, 1.1)
+    known = mmd_of_gaussians(a, b)
+    rng, found = np.random.default_rng(0), []
+    for _ in range(4000):
+        x, y = (torch.from_numpy(rng.normal(*how, size=(12, 1))) for how in (a, b))
+        found.append(scores.kernel_distance(x, y, subsets=1)[0])
+    error = np.std(found) / len(found) ** 0.5
+    assert error < 0.2 * known
+    assert abs(np.mean(found) - known) < 3 * error
+
+
+def test_kid_of_two_halves_of_one_set_is_zero_within_its_error():
+    """So is not the one of two sets that differ."""
+    x = torch.from_numpy(normal(1000, 20))
+    mean, deviation = scores.kernel_distance(x[:500], x[500:])
+    assert deviation > 0 and abs(mean) < 3 * deviation
+    mean, deviation = scores.kernel_distance(x[:500], x[500:] + 0.3)
+    assert mean > 3 * deviation
+
+
+def test_kid_equals_a_plain_double_loop():
+    """Every pair of two rows of one side, and of both, in the one subset that is drawn."""
+    a, b = normal(10, 3), normal(14, 3, seed=1) + 0.5
+    rng = np.random.RandomState(2020)
+    a_5, b_5 = a[rng.choice(10, 5, replace=False)], b[rng.choice(14, 5, replace=False)]
+
+    def mean(x, y, same):
+        pairs = [(i, j) for i in range(5) for j in range(5) if not (same and i == j)]
+        return np.mean([(x[i] @ y[j] / 3 + 1) ** 3 for i, j in pairs])
+
+    want = mean(a_5, a_5, True) + mean(b_5, b_5, True) - 2 * mean(a_5, b_5, False)
+    got = scores.kernel_distance(torch.from_numpy(a), torch.from_numpy(b), subsets=1)
+    np.testing.assert_allclose(got, (want, 0), rtol=1e-12)
+
+
+def test_kid_of_a_small_side_is_over_halves_of_it_and_of_three_images_refused():
+    """Halves of 6 and 9 images are 3 of each; a half of 3 has no pair."""
+    a, b = torch.from_numpy(normal(6, 3)), torch.from_numpy(normal(9, 3))
+    assert scores.kernel_distance(a, b) == scores.kernel_distance(a, b, size=3)
+    with pytest.raises(ValueError, match="at least 4 of each"):
+        scores.kernel_distance(a[:3], b)
+
+
+def test_kid_agrees_with_torch_fidelity():
+    """The same subsets of the same rows give the same mean and deviation."""
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    a, b = (torch.from_numpy(normal(2100, 16, seed=seed) + seed) for seed in (0, 1))
+    want = kid.kid_features_to_metric(a, b, kid_subsets=10, verbose=False)
+    got = scores.kernel_distance(a, b, subsets=10)
+    np.testing.assert_allclose(got, list(want.values()), rtol=1e-9)
+
+
 # ---- precision and recall ----
 
 

@@ -89,7 +89,7 @@ def test_the_best_has_the_least_fid_of_equally_many_samples(tmp_path, monkeypatc
     monkeypatch.setattr(Run, "draw_grid", lambda self: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     distances = iter([3.0, 5.0, 4.0, 6.0])
-    monkeypatch.setattr("fid.scores", lambda *_: {"sfid": 1.0, "fid": next(distances)})
+    monkeypatch.setattr("fid.compare", lambda *_: {"sfid": 1.0, "fid": next(distances)})
     out = ["--out", tmp_path / "run", "--device", "cpu"]
     flags = [*SMALL, "--T", 4, "--model", "ddpm", "--eval-every", 1, *out]
 
@@ -112,7 +112,7 @@ def test_an_earlier_row_without_n_counts_as_one_of_as_many(earlier, best, tmp_pa
     r.write({"step": 1, "fid": earlier})
     monkeypatch.setattr("fid.reference", lambda *_: None)
     monkeypatch.setattr("fid.features_of", lambda *_: None)
-    monkeypatch.setattr("fid.scores", lambda *_: {"fid": 5.0})
+    monkeypatch.setattr("fid.compare", lambda *_: {"fid": 5.0})
     r.evaluate()
     assert (tmp_path / "best.pt").exists() == best
 
