@@ -460,6 +460,8 @@ def parse_args(argv):
         )
     if a.save_stats and a.save_stats.suffix != ".npz":
         p.error(f"--save-stats {a.save_stats}: expected FILE.npz")
+    for neighbour in neighbours():
+        neighbour.check_score(p, a)
     check_sampler(p, a)
     if not (is_checkpoint(a.A) or is_checkpoint(a.B)):
         for flag in ("n", *vars(sampler_defaults())):

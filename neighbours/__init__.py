@@ -6,6 +6,7 @@ What it may plug into the scripts is `plug.Neighbour`; earlier rows come first.
 
 from neighbours.classifier_free import FreeGuidance
 from neighbours.guidance import Guidance
+from neighbours.judge import Judges
 from neighbours.perceptual import Perceptual
 from neighbours.published import Published
 from neighbours.solvers import Solvers
@@ -18,4 +19,5 @@ NEIGHBOURS = (
     Perceptual(),
     Published(),
     Solvers(),
+    Judges(),
 )

@@ -76,6 +76,9 @@ class Neighbour:
     def score_flags(self, p):
         """Adds its flags of which features are compared."""
 
+    def check_score(self, p, a):
+        """p.error, one line, where these flags contradict others."""
+
     def score_network(self, a):
         """The network of features, as inception.InceptionFeatures is one, that `a` names, if any.
 
