@@ -7,8 +7,8 @@ r"""FID, sFID, Inception Score, KID, precision and recall, by the paper's tables
     python fid.py A B --dims 768 --weights PATH          an earlier layer: fid_768, never fid
 
     A, B        a folder of images, an images .npz (arr_0 uint8 [N, H, W, 3]), a checkpoint .pt, a
-                data set's name, or a statistics .npz (mu, sigma, mu_s, sigma_s, n) made here, by
-                guided-diffusion or by pytorch-fid
+                data set's name, or a statistics .npz (mu, sigma, mu_s, sigma_s, n, pool) made here,
+                by guided-diffusion or by pytorch-fid
     FID         `frechet_distance` of pool_3's 2048 features                            (TTUR)
     sFID        that of mixed_6/conv's first 7 channels, 7 x 17 x 17 = 2023 features    (Nash)
     IS          `inception_score` of A                                                  (IS)
@@ -170,11 +170,16 @@ def features_of(batches, network, n=None, keep_pool=False):
     return found
 
 
+KEPT = ("mu", "sigma", "mu_s", "sigma_s", "n", "weights", "pool")  # in a file
+
+
 # ---- scores ----
 
 
 def compare(a, b):
     """Every number of SCORES that two Features allow; and n_a, n_b, where they are known.
+
+    returns : {name: number}
 
     ValueError where different networks made them.  Warns of numbers that say little.
     """
@@ -209,7 +214,7 @@ def score_is(a, b):
 def score_kid(a, b):
     if a.pool is None or b.pool is None or random_weights(a, b) or min(a.n, b.n) < 4:
         return {}
-    mean, deviation = kernel_distance(a.pool, b.pool)
+    mean, deviation = kernel_distance(a.pool, b.pool.to(a.pool.device))
     name = f"kid{judge_name(a, b)}"
     return {name: mean, f"{name}_std": deviation}
 
@@ -217,7 +222,7 @@ def score_kid(a, b):
 def score_precision_recall(a, b):
     if a.pool is None or b.pool is None or random_weights(a, b) or min(a.n, b.n) <= 3:
         return {}
-    precision, recall = precision_recall(a.pool, b.pool)
+    precision, recall = precision_recall(a.pool, b.pool.to(a.pool.device))
     judge = judge_name(a, b)
     return {f"precision{judge}": precision, f"recall{judge}": recall}
 
@@ -311,44 +316,54 @@ def reference(images, network, batch_size=50):
 
 
 def save_statistics(path, features):
-    """An .npz with guided-diffusion's keys mu, sigma, mu_s, sigma_s; and n, weights.
+    """An .npz with guided-diffusion's keys mu, sigma, mu_s, sigma_s; and n, weights, pool.
 
     pytorch-fid's are the first two.
     """
     if parallel.rank():
         return
+    kept = {}
+    for key in KEPT:
+        value = getattr(features, key)
+        if key == "pool" and value is not None:
+            value = value.cpu().numpy()
+        if value is not None:
+            kept[key] = value
     with atomic(path) as f:
-        np.savez(
-            f,
-            **{
-                key: value
-                for key, value in features._asdict().items()
-                if key in Features._fields[:6] and value is not None
-            },
-        )
+        np.savez(f, **kept)
 
 
 def load_statistics(path):
-    """Features of a statistics .npz, with sFID's and n where it has them.
+    """Features of a statistics .npz, with sFID's, n and the rows of pool where it has them.
 
     ValueError, one line, for any other file.
     """
-    found = read_npz(path, Features._fields[:6])
+    found = read_npz(path, KEPT)
     if not found.keys() >= {"mu", "sigma"}:
         raise ValueError(
             f"{path} holds {', '.join(found) or 'no statistics'}; "
             "expected at least mu and sigma; make it again with --save-stats"
         )
-    spatial = (
-        gaussian(found["mu_s"], found["sigma_s"], path)
-        if found.keys() >= {"mu_s", "sigma_s"}
-        else (None, None)
-    )
-    n, weights = (
-        kind(found[key].item()) if key in found and found[key].size == 1 else None
-        for key, kind in (("n", int), ("weights", str))
-    )
-    return Features(*gaussian(found["mu"], found["sigma"], path), *spatial, n, weights)
+    features = Features(*gaussian(found["mu"], found["sigma"], path))
+    if found.keys() >= {"mu_s", "sigma_s"}:
+        mu_s, sigma_s = gaussian(found["mu_s"], found["sigma_s"], path)
+        features = features._replace(mu_s=mu_s, sigma_s=sigma_s)
+    for key, kind in (("n", int), ("weights", str)):
+        if key in found and found[key].size == 1:
+            features = features._replace(**{key: kind(found[key].item())})
+    if "pool" in found:
+        features = features._replace(pool=rows_of(found["pool"], features, path))
+    return features
+
+
+def rows_of(pool, features, path):
+    """The rows of pool in a statistics .npz, as a tensor; ValueError where they are not its own."""
+    if pool.dtype != np.float16 or pool.shape != (features.n, len(features.mu)):
+        raise ValueError(
+            f"{path}: pool is {pool.dtype} {list(pool.shape)}; "
+            f"expected float16 [{features.n}, {len(features.mu)}]; make it again with --save-stats"
+        )
+    return torch.from_numpy(pool)
 
 
 # ---- the two sides ----
@@ -444,7 +459,8 @@ def parse_args(argv):
     sampler_flags(how)
     where = p.add_argument_group("where")
     where.add_argument("--data-dir", type=Path, help="where a named data set lies")
-    where.add_argument("--save-stats", type=Path, metavar="FILE.npz", help="save A's statistics")
+    text = f"save A's statistics, and up to {PAIRED:,} images the rows that KID is taken from"
+    where.add_argument("--save-stats", type=Path, metavar="FILE.npz", help=text)
     where.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, everything else on stderr"
     )
@@ -484,15 +500,17 @@ def main(argv=None):
         note = sys.stderr
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
     with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
-    if a.precision_recall and len(with_images) < 2:
+    without_rows = [side for side in sides if isinstance(side, Features) and side.pool is None]
+    if a.precision_recall and without_rows:
         raise ValueError(
             "--precision-recall, and A or B holds statistics alone; "
-            "expected images on both sides; leave it out or give the images"
+            "expected images, or statistics with rows, on both sides; leave it out"
         )
     network = feature_network(a).to(device) if with_images else None
     keep_pool = False
-    if len(with_images) == 2 and a.weights != "random":
-        keep_pool = _affordable(*(n for _, n in sides), a.precision_recall)
+    if not without_rows and a.weights != "random":
+        counts = [side.n if isinstance(side, Features) else side[1] for side in sides]
+        keep_pool = _affordable(counts, a.precision_recall)
     if with_images and a.precision == "bf16":
         exact, network = network, copy.deepcopy(network).bfloat16()
         head, sides[with_images[0]] = _head(*sides[with_images[0]], device)
@@ -527,10 +545,14 @@ def feature_network(a):
     return InceptionFeatures(a.weights, a.dims)
 
 
-def _affordable(n_a, n_b, asked):
-    # whether KID, precision and recall are computed; what they cost is said where it is much
-    if max(n_a, n_b) <= PAIRED:
+def _affordable(counts, asked):
+    # whether the rows of so many images are kept, and KID, precision and recall computed; what
+    # they cost is said where it is much
+    if max(counts) <= PAIRED:
         return True
+    if len(counts) == 1:
+        return False
+    n_a, n_b = counts
     gigabytes = 2 * POOL * (n_a + n_b) / 1e9  # float16
     operations = 2 * POOL * (n_a**2 + n_a * n_b + n_b**2) / 1e12
     cost = (

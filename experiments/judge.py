@@ -209,7 +209,8 @@ def parse_args(argv):
     p.add_argument("--image-size", type=cli.whole(8), help="(default: the images' own)")
     p.add_argument("--task", choices=TASKS, default="classes", help="what it learns")
     p.add_argument("--iterations", type=cli.whole(1), default=4000, help=f"of {BATCH} images")
-    p.add_argument("--channels", type=cli.whole(1), default=32, help="of the first blocks")
+    text = "of the first blocks; with fewer than 8 torch 2.14 may abort on a CPU"
+    p.add_argument("--channels", type=cli.whole(8), default=32, help=text)
     p.add_argument("--seed", type=cli.whole(0), default=0)
     p.add_argument("--out", type=Path, metavar="FILE.pt", help="(default: runs/judge-DATA-TASK.pt)")
     a = p.parse_args(argv)

@@ -342,8 +342,18 @@ def test_saved_statistics_stand_in_for_their_images(files, tiny, capsys):
     assert not list(files.glob(".*partial"))
     direct = printed(capsys, files / "folder", files / "images.npz")
     saved = printed(capsys, files / "folder", files / "s.npz")
-    for key in ("fid", "sfid", "n_b"):
-        assert direct[key] == saved[key]
+    assert saved == direct and saved.keys() >= {"kid", "precision"}
+
+
+@few
+def test_rows_that_are_not_the_statistics_own_are_refused(files, tiny, capsys):
+    """Rows of fewer images than n, or of another type, would give another KID."""
+    assert run(files / "images.npz", "--save-stats", files / "s.npz") == 0
+    held = dict(np.load(files / "s.npz"))
+    for spoiled in (held["pool"][:-1], held["pool"].astype(np.float32)):
+        np.savez(files / "spoiled.npz", **held | {"pool": spoiled})
+        code, line = failing(capsys, files / "spoiled.npz", files / "s.npz")
+        assert code == 1 and "expected float16 [12, 12]" in line
 
 
 @few
@@ -425,8 +435,8 @@ def test_the_cost_of_precision_and_recall_is_named_before_it_is_paid(
 
 def test_the_cost_of_precision_and_recall_is_that_of_all_pairs(capsys):
     """10,000 images against ImageNet: float16 rows of 2048, and 2 x 2048 operations a distance."""
-    assert fid._affordable(50_000, 50_000, False) and not capsys.readouterr().err
-    assert not fid._affordable(10_000, 1_281_167, False)
+    assert fid._affordable([50_000, 50_000], False) and not capsys.readouterr().err
+    assert not fid._affordable([10_000, 1_281_167], False)
     assert "take 5.3 GB and 6,776 trillion operations" in capsys.readouterr().err
 
 
@@ -434,7 +444,7 @@ def test_the_cost_of_precision_and_recall_is_that_of_all_pairs(capsys):
 def test_precision_and_recall_of_statistics_cannot_be_asked_for(files, tiny, capsys):
     """A statistics file has no single images' features."""
     code, line = failing(capsys, files / "folder", files / "stats.npz", "--precision-recall")
-    assert code == 1 and "expected images on both sides" in line
+    assert code == 1 and "expected images, or statistics with rows, on both sides" in line
 
 
 @few

@@ -1,0 +1,86 @@
+"""neighbours/judge.py: a judge's features, its file, and fid.py's scores by it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import fid
+from made import random_pixels
+from neighbours.judge import KIND, Judge, load_judge, save_judge
+from support import cli
+
+SETTINGS = {"image_size": 16, "classes": 10, "channels": 8, "task": "classes"}
+
+
+@pytest.fixture
+def judge():
+    torch.manual_seed(0)
+    return Judge(SETTINGS).eval()
+
+
+def batch(n=3, size=16):
+    return torch.from_numpy(random_pixels(n, size, size)).permute(0, 3, 1, 2)
+
+
+def score(*argv):
+    """The exit code of `python fid.py argv`."""
+    try:
+        return cli.run(fid.main, [str(word) for word in argv])
+    except SystemExit as end:
+        return end.code
+
+
+def test_a_judge_survives_its_file(tmp_path, judge):
+    """The same features, and the same name, which another judge does not have."""
+    save_judge(tmp_path / "j.pt", judge, 0.5)
+    again = load_judge(tmp_path / "j.pt")
+    torch.testing.assert_close(again(batch()).pool, judge(batch()).pool, rtol=0, atol=0)
+    assert again.name == judge.name and judge.name.startswith("judge-")
+    assert Judge(SETTINGS).name != judge.name
+    assert Judge(SETTINGS | {"task": "rotations"}).name.startswith("judge_rotations-")
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_features_are_four_times_the_channels_whatever_the_size(size):
+    """[N, 32] of 8 channels; what the head answers from."""
+    judge = Judge(SETTINGS | {"image_size": size}).eval()
+    pool = judge(batch(size=size)).pool
+    assert pool.shape == (3, 32) and pool.dtype == torch.float32
+    x = batch(size=size) / 127.5 - 1
+    torch.testing.assert_close(judge.logits(x), judge.head(pool), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*images are few")
+def test_fid_scores_by_a_judge_under_names_of_its_own(tmp_path, judge, capsys):
+    """fd_judge is the Frechet distance of its features; never fid, sfid or is."""
+    save_judge(tmp_path / "j.pt", judge, 0.5)
+    np.savez(tmp_path / "a.npz", arr_0=random_pixels(40, 16, 16))
+    np.savez(tmp_path / "b.npz", arr_0=random_pixels(30, 16, 16, seed=1) // 2)
+    argv = [tmp_path / "a.npz", tmp_path / "b.npz", "--judge", tmp_path / "j.pt", "--json"]
+    assert score(*argv) == 0
+    got = json.loads(capsys.readouterr().out)
+    names = {"fd_judge", "kid_judge", "kid_judge_std", "precision_judge", "recall_judge"}
+    assert set(got) == names | {"n_a", "n_b", "weights"}
+    assert got["weights"] == judge.name
+    sides = []
+    for pixels in (random_pixels(40, 16, 16), random_pixels(30, 16, 16, seed=1) // 2):
+        pool = judge(torch.from_numpy(pixels).permute(0, 3, 1, 2)).pool.detach().double().numpy()
+        sides += [pool.mean(0), np.cov(pool, rowvar=False)]
+    assert got["fd_judge"] == pytest.approx(fid.frechet_distance(*sides), rel=1e-6)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, judge, capsys):
+    """Images of another size, a file of another kind, and Inception's flags beside it."""
+    save_judge(tmp_path / "j.pt", judge, 0.5)
+    torch.save({"kind": KIND + "?"}, tmp_path / "other.pt")
+    np.savez(tmp_path / "a.npz", arr_0=random_pixels(4, 8, 8))
+    argv = [tmp_path / "a.npz", tmp_path / "a.npz", "--judge"]
+    for file, code, words in (
+        (["j.pt"], 1, "images of 8 x 8 for a judge of 16 x 16"),
+        (["other.pt"], 1, "holds no judge"),
+        (["j.pt", "--dims", "768"], 2, "--weights and --dims are Inception's"),
+    ):
+        assert score(*argv, tmp_path / file[0], *file[1:]) == code
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
