@@ -159,7 +159,7 @@ def draw_curves(experiment, path):
                 at_iterations[experiment.preset.iterations * share] = values
         draw_points(by_steps, at_steps, row)
         draw_points(by_iterations, at_iterations, row)
-    score = table1.scores_of(lines)[0]
+    score = table1.SCORES[table1.scores_of(lines)[0]].name
     by_steps.set(xscale="log", xlabel="sampling steps", ylabel=score)
     by_iterations.set(xscale="log", xlabel="iterations", ylabel=f"{score}, {fewest} steps")
     for axis in (by_steps, by_iterations):

@@ -6,8 +6,9 @@
     python -m experiments.table1 --preset cpu --print                 the tables of what is there
 
 A run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps,
-and scored: for `paper` by fid.py, else by a program of its own (--scorer), which prints FID-768
-and sFID.  FID-768 is no FID: it takes 768 features of a layer before FID's.
+and scored by fid.py: FID (`paper`) or FID-768, sFID and KID by Inception, and the distance and KID
+of two judges of the same images (judge.py), which are trained first.  FID-768 is no FID: it takes
+768 features of a layer before FID's, and --weights may be a file of the layers up to it.
 
 Each finished run is one line of experiments/table1_PRESET.jsonl: its flags, its commit, its scores
 and the seconds of its last attempt.  A run that has its line is not made again, and what was killed
@@ -54,9 +55,8 @@ from support.files import atomic, existing, save_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = ROOT / "fid.py"
-SCORER = ROOT / "../shared/tools/score.py"
 STEPS = (100, 10)
-DIGITS = {"FID": 2, "FID-768": 3, "sFID": 2}  # of the scores, behind the point
+JUDGES = ("classes", "rotations")  # tasks of judge.py
 
 
 class Preset(NamedTuple):
@@ -66,16 +66,39 @@ class Preset(NamedTuple):
     matched: str  # gives one U-Net the parameters and operations of Cas-DM's two, to some 4 %
     samples: int  # a score
     reference: int  # training images that they are scored against
-    scorer: Path = SCORER
+    dims: int = 768  # of fid.py
 
 
 SMALL = "--channels 32 --res-blocks 1 --batch-size 32 --lr 5e-4"
 PRESETS = {
     "cpu": Preset(16, SMALL, 2500, "--res-blocks 3", 2048, 10_000),
     "gpu": Preset(32, "--precision bf16", 5000, "--res-blocks 7", 10_000, 40_000),
-    "paper": Preset(32, "", 400_000, "--res-blocks 7", 50_000, 50_000, FID),
+    "paper": Preset(32, "", 400_000, "--res-blocks 7", 50_000, 50_000, 2048),
 }
 METRIC_SIZE = {16: "--metric-size 64"}  # by image size; the paper's 224 for its own sizes
+
+
+class Score(NamedTuple):
+    """How a score of fid.py is printed."""
+
+    name: str
+    digits: int  # behind the point
+    times: int = 1
+
+
+# The first three are printed beside the paper's numbers, the rest in a table of their own.
+SCORES = {
+    "fid": Score("FID", 2),
+    "fid_768": Score("FID-768", 3),
+    "sfid": Score("sFID", 2),
+    "kid": Score("KID x 1000", 2, 1000),
+    "fd_judge": Score("FD of classes", 3),
+    "kid_judge": Score("KID of classes x 1000", 2, 1000),
+    "fd_judge_rotations": Score("FD of rotations", 3),
+    "kid_judge_rotations": Score("KID of rotations x 1000", 2, 1000),
+}
+MAIN = ("fid", "fid_768", "sfid")
+KEPT = ("precision", "recall")  # in the lines too, as is the deviation of each KID
 
 
 # ---- the rows ----
@@ -179,9 +202,8 @@ class Experiment:
     By default they are runs/table1-PRESET and experiments/table1_PRESET.jsonl.
     """
 
-    def __init__(self, name, folder=None, results=None, source=None, scorer=None, jobs=1):
-        self.preset, self.source = PRESETS[name], source
-        self.scorer = (scorer or self.preset.scorer).resolve()
+    def __init__(self, name, folder=None, results=None, source=None, weights=None, jobs=1):
+        self.preset, self.source, self.weights = PRESETS[name], source, weights
         self.folder = (folder or ROOT / "runs" / f"table1-{name}").absolute()
         self.results = (results or ROOT / "experiments" / f"table1_{name}.jsonl").absolute()
         vgg = Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")
@@ -283,26 +305,57 @@ class Experiment:
         return self.folder / f"{name}-{seed}"
 
     def score(self, images):
-        """{score: value} of an .npz."""
-        if self.scorer == FID:
-            said = self.programs.call(FID, images, self.statistics(), "--json", capture=True)
-            found = json.loads(said)
-            return {"FID": found["fid"], "sFID": found["sfid"]}
-        arguments = [images, "--stats", self.statistics(), "--json"]
-        found = json.loads(self.programs.call(self.scorer, *arguments, capture=True))
-        return {key: value for key, value in found.items() if key in DIGITS}
+        """{score: value} of an .npz, and the names of the weights that gave them."""
+        found, weights = {}, []
+        for name in self.networks():
+            reference, flags = self.statistics(name), self.network_flags(name)
+            said = self.programs.call(FID, images, reference, *flags, "--json", capture=True)
+            said = json.loads(said)
+            weights.append(said["weights"])
+            for key, value in said.items():
+                if key.removesuffix("_std") in SCORES or key in KEPT:
+                    found[key] = value
+        return found | {"weights": weights}
 
-    def statistics(self):
-        """The scorer's statistics of the training images, which it makes once."""
-        name = f"{self.scorer.stem}_{self.preset.image_size}_{self.preset.reference}.npz"
-        path = self.folder / name
-        flags = ["--save-stats"] if self.scorer == FID else ["--make-stats", "--stats"]
+    def networks(self):
+        """The names of what a sample is scored by."""
+        return ["inception", *(f"judge-{task}" for task in JUDGES)]
+
+    def network_flags(self, name):
+        """What tells fid.py which network."""
+        if name != "inception":
+            return ["--judge", self.judge(name)]
+        weights = ["--weights", self.weights] if self.weights else []
+        return ["--dims", self.preset.dims, *weights]
+
+    def judge(self, name):
+        """The judge's file; it is trained once."""
+        path = self.folder / f"{name}.pt"
         with self.locks[path]:
             if not path.exists():
-                images, made = self.folder / "reference.npz", path.with_suffix(".partial.npz")
-                self.save_real(images, 0, self.preset.reference)
-                self.programs.call(self.scorer, images, *flags, made)
+                size = self.preset.image_size
+                task = name.removeprefix("judge-")
+                arguments = ["--data", self.source, "--image-size", size, "--task", task]
+                self.programs.call("experiments.judge", *arguments, "--out", path)
+        return path
+
+    def statistics(self, name):
+        """A network's statistics and rows of the training images, made once."""
+        path = self.folder / f"{name}-{self.preset.image_size}-{self.preset.reference}.npz"
+        flags = self.network_flags(name)
+        with self.locks[path]:
+            if not path.exists():
+                images, made = self.reference(), path.with_suffix(".partial.npz")
+                self.programs.call(FID, images, *flags, "--save-stats", made)
                 os.replace(made, path)
+        return path
+
+    def reference(self):
+        """The training images that samples are scored against, as an .npz, made once."""
+        path = self.folder / "reference.npz"
+        with self.locks[path]:
+            if not path.exists():
+                self.save_real(path, 0, self.preset.reference)
         return path
 
     def save_real(self, path, first, n):
@@ -345,14 +398,16 @@ class Programs:
             self.devices.put(job % max(1, torch.cuda.device_count()))
 
     def call(self, script, *arguments, variant="", capture=False):
-        """Runs a script of the project, under a variant of variants.py if one is named.
+        """Runs a script of the project, or one of its modules by its dotted name.
 
+        variant : of variants.py, that it runs under
         returns : what it printed, if captured
         KeyboardInterrupt where it was interrupted, ValueError where it failed.
         """
         if self.stopped:
             raise KeyboardInterrupt
-        command = [ROOT / script, *arguments]
+        script_or_module = [ROOT / script] if Path(script).suffix == ".py" else ["-m", script]
+        command = [*script_or_module, *arguments]
         if variant:
             command = ["-m", "experiments.variants", variant, *command]
         device = self.devices.get()
@@ -427,12 +482,14 @@ def table(lines):
     for line in lines:
         found.setdefault(line["row"], {})[line["seed"]] = line
     columns = [(str(steps), score) for steps in STEPS for score in scores_of(lines)]
+    others = [(str(steps), score) for steps in STEPS for score in SCORES if score not in MAIN]
     print(f"metric: {all_of(lines, 'metric')}; ", end="")
     print(f"{all_of(lines, 'n')} images a score; commits {all_of(lines, 'commit')}\n")
     print_rows(found, columns)
     print()
     print_differences(found, columns)
     print_curves(lines)
+    print_others(found, others)
 
 
 def all_of(lines, key):
@@ -442,7 +499,7 @@ def all_of(lines, key):
 
 def print_rows(found, columns):
     """The means of each row that has all steps, beside the paper's numbers."""
-    names = [f"{score}, {steps} steps" for steps, score in columns]
+    names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
     print_header("row", "seeds", *names, "paper's FID, sFID")
     for (_, row), how in ROWS.items():
         if row not in found or how.steps not in (STEPS, ()):
@@ -451,14 +508,14 @@ def print_rows(found, columns):
         cells = []
         for steps, score in columns:
             values = [line[steps][score] for line in lines]
-            cells.append(spread(values, DIGITS[score]))
+            cells.append(spread(values, score))
         paper = [f"{value:.2f}" for value in PAPER.get(row, ()) if value]
         print(markdown(row, len(lines), *cells, ", ".join(paper)))
 
 
 def print_differences(found, columns):
     """The differences of PAIRS, of the seeds that both have, beside the paper's."""
-    names = [f"{score}, {steps} steps" for steps, score in columns]
+    names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
     print_header("difference", "seeds", *names, "paper")
     for a, b in PAIRS:
         seeds = sorted(found.get(a, {}).keys() & found.get(b, {}).keys())
@@ -467,7 +524,7 @@ def print_differences(found, columns):
         cells = []
         for steps, score in columns:
             values = [found[a][s][steps][score] - found[b][s][steps][score] for s in seeds]
-            cells.append(spread(values, DIGITS[score], "+"))
+            cells.append(spread(values, score, "+"))
         both = zip(PAPER.get(a, ()), PAPER.get(b, ()), strict=False)  # a row may have none
         paper = [f"{x - y:+.2f}" for x, y in both if x and y]
         print(markdown(f"{a} - {b}", len(seeds), *cells, ", ".join(paper)))
@@ -485,11 +542,33 @@ def print_curves(lines):
     names = [f"{steps} steps" for _, steps in own]
     names += [f"{steps} steps, {share} x the iterations" for share, steps in others]
     print()
-    print_header(score, *names)
+    print_header(SCORES[score].name, *names)
     for row, found in curves.items():
         if found:
             values = [found.get(point) for point in (*own, *others)]
-            print(markdown(row, *(spread(v, DIGITS[score]) if v else "" for v in values)))
+            print(markdown(row, *(spread(v, score) if v else "" for v in values)))
+
+
+def print_others(found, columns):
+    """The scores beside FID and sFID, of the lines that have them."""
+    rows = []
+    for (_, row), how in ROWS.items():
+        lines = found.get(row, {}).values()
+        of_all = [line for line in lines if how.steps in (STEPS, ()) and has(line, columns)]
+        if of_all:
+            values = [[line[steps][score] for line in of_all] for steps, score in columns]
+            cells = [spread(v, score) for v, (_, score) in zip(values, columns, strict=True)]
+            rows.append(markdown(row, len(of_all), *cells))
+    if rows:
+        print()
+        print_header(
+            "row", "seeds", *(f"{SCORES[key].name}, {steps} steps" for steps, key in columns)
+        )
+        print("\n".join(rows))
+
+
+def has(line, columns):
+    return all(score in line.get(steps, {}) for steps, score in columns)
 
 
 def curve(lines, row):
@@ -513,27 +592,28 @@ def curve(lines, row):
 
 
 def scores_of(lines):
-    """The names of the scores in the lines, FID's first; ValueError where not all have the same."""
+    """Which of MAIN the lines hold, FID's first; ValueError where not all hold the same."""
     kinds = set()
     for line in lines:
         for key, found in line.items():
             if key.isdigit():  # a number of steps
-                kinds.add(tuple(score for score in DIGITS if score in found))
+                kinds.add(tuple(score for score in MAIN if score in found))
     if len(kinds) > 1:
         names = " and ".join(", ".join(kind) for kind in sorted(kinds))
         raise ValueError(
-            f"lines with the scores {names}; expected one scorer's; "
-            "keep each scorer's lines in a file of its own (--results)"
+            f"lines with the scores {names}; expected one network's; "
+            "keep each network's lines in a file of its own (--results)"
         )
     return kinds.pop()
 
 
-def spread(values, digits, sign=""):
+def spread(values, score, sign=""):
     """The mean, and its standard error where there is more than one value."""
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    _, digits, times = SCORES[score]
+    mean = f"{times * statistics.mean(values):{sign}.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return f"{mean} ± {times * statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
 def print_header(*cells):
@@ -553,8 +633,8 @@ def run_all(experiment, wanted):
     experiment.folder.mkdir(parents=True, exist_ok=True)
     experiment.images()  # fetched and prepared once, not by every run at a time
     with ThreadPoolExecutor(experiment.programs.jobs) as pool:
-        # the statistics come first: a scorer that cannot work is found out now
-        reference = pool.submit(experiment.statistics)
+        # the statistics come first: weights that do not fit are found out now
+        reference = pool.submit(experiment.statistics, "inception")
         runs = [pool.submit(experiment.run, row, seed) for row, seed in wanted]
         try:
             with tqdm(total=len(runs), desc="table", unit="run", file=sys.stderr) as bar:
@@ -571,10 +651,11 @@ def main(argv=None):
     """The runs that are wanted and missing, then the table."""
     a = parse_args(argv)
     source = a.data if a.data in data.DATASETS else Path(a.data).absolute()
-    experiment = Experiment(a.preset, a.work, a.results, source, a.scorer, a.jobs)
+    experiment = Experiment(a.preset, a.work, a.results, source, a.weights, a.jobs)
     wanted = experiment.wanted(a.group, a.seeds)
     if wanted and not a.print:
-        existing(experiment.scorer, "program that scores images")
+        if a.weights:
+            existing(a.weights, "file of Inception weights")
         run_all(experiment, wanted)
     if not experiment.lines():
         raise ValueError(
@@ -597,13 +678,12 @@ def parse_args(argv):
     p.add_argument("--results", type=Path, help=text)
     text = "runs side by side, each on its GPU or its share of the cores"
     p.add_argument("--jobs", type=cli.whole(1), default=1, help=text)
-    text = (
-        "fid.py, or a program called as SCORER IMAGES.npz --stats FILE --json, "
-        "and with --make-stats (default: the preset's)"
-    )
-    p.add_argument("--scorer", type=Path, help=text)
+    text = "of Inception, as fid.py takes them (default: downloaded once)"
+    p.add_argument("--weights", type=Path, help=text)
     p.add_argument("--print", action="store_true", help="the table alone")
-    return p.parse_args(argv)
+    a = p.parse_args(argv)
+    a.weights = a.weights and a.weights.absolute()
+    return a
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_the_curves_are_means_over_seeds_against_steps_and_iterations(tmp_path, 
     with open(tmp_path / "lines.jsonl", "w") as f:
         for seed in (0, 1):
             for row, how in experiment.rows.items():
-                scores = {str(steps): {"FID-768": 1 + seed + 10 / steps} for steps in how.steps}
+                scores = {str(steps): {"fid_768": 1 + seed + 10 / steps} for steps in how.steps}
                 f.write(json.dumps({"row": row, "seed": seed} | scores) + "\n")
     figures.draw_curves(experiment, tmp_path / "curves.png")
     by_steps, by_iterations = drawn["curves.png"].axes
@@ -96,7 +96,7 @@ def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, drawn, m
     save_npz(images, tmp_path / "reference.npz")
     for row in {*figures.ROWS, *figures.GATED}:
         tiny_run(experiment, row)
-    line = {"row": "Cas-DM", "100": {"FID-768": 1.0}, "10": {"FID-768": 2.0}}
+    line = {"row": "Cas-DM", "100": {"fid_768": 1.0}, "10": {"fid_768": 2.0}}
     (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
     assert draw("results", tmp_path, tmp_path) == 0
     for name in ("rows.png", "gate.png", "refined.png", "curves.png"):

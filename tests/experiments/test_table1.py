@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
-from experiments import table1, variants
+from experiments import judge, table1, variants
 from experiments.table1 import Row
 from refiner import build_model
 from support import cli
@@ -24,12 +24,13 @@ ROOT = Path(__file__).parents[2]
 SCORER = """
 import json, sys, numpy as np
 images = np.load(sys.argv[1])["arr_0"]
-stats = sys.argv[sys.argv.index("--stats") + 1]
-if "--make-stats" in sys.argv:
-    np.savez(stats, n=len(images))
+assert sys.argv[sys.argv.index("--dims") + 1] == "768"
+if "--save-stats" in sys.argv:
+    np.savez(sys.argv[sys.argv.index("--save-stats") + 1], n=len(images))
 else:
-    assert np.load(stats)["n"] == 8
-    print(json.dumps({"n": 4, "FID-768": float(images.mean()), "sFID": float(images.std())}))
+    assert np.load(sys.argv[2])["n"] == 8 and "--json" in sys.argv
+    scores = {"fid_768": float(images.mean()), "sfid": float(images.std()), "n_a": 4}
+    print(json.dumps(scores | {"weights": "inception-0"}))
 """
 SMALL = table1.Preset(
     16, "--channels 32 --res-blocks 1 --batch-size 2", 2, "--res-blocks 2", samples=4, reference=8
@@ -37,14 +38,14 @@ SMALL = table1.Preset(
 
 
 class Work:
-    """A folder for tiny runs on shapes, their lines, and a scorer of the mean and deviation."""
+    """A folder for tiny runs on shapes, their lines, and a fid.py of the mean and deviation."""
 
     def __init__(self, folder):
-        self.folder, self.lines, self.scorer = folder, folder / "lines.jsonl", folder / "score.py"
-        self.scorer.write_text(SCORER)
+        self.folder, self.lines, self.fid = folder, folder / "lines.jsonl", folder / "my_fid.py"
+        self.fid.write_text(SCORER)
 
     def argv(self, *more):
-        places = ["--work", self.folder, "--results", self.lines, "--scorer", self.scorer]
+        places = ["--work", self.folder, "--results", self.lines]
         return list(map(str, ["--data", "shapes", *places, *more]))
 
     def found(self):
@@ -54,8 +55,12 @@ class Work:
 
 
 @pytest.fixture
-def work(tmp_path):
-    return Work(tmp_path)
+def work(tmp_path, monkeypatch):
+    """No judges, which take minutes to train."""
+    found = Work(tmp_path)
+    monkeypatch.setattr(table1, "FID", found.fid)
+    monkeypatch.setattr(table1, "JUDGES", ())
+    return found
 
 
 def line(row, seed=0, **scores):
@@ -121,7 +126,8 @@ def test_runs_are_made_once_and_go_on_where_they_were(work, few_rows, capsys):
     )
     assert len(zero) == 4
     assert not np.array_equal(zero, one)
-    assert found[table1.REAL, 1]["10"]["FID-768"] == one.mean()
+    assert found[table1.REAL, 1]["10"]["fid_768"] == one.mean()
+    assert found[table1.REAL, 1]["10"]["weights"] == ["inception-0"]
 
 
 SCRIPT = """
@@ -130,6 +136,7 @@ sys.path.insert(0, sys.argv.pop(1))
 from experiments import table1
 from support import cli
 flags = "--channels 32 --res-blocks 1 --batch-size 2"
+table1.FID, table1.JUDGES = sys.argv.pop(1), ()
 table1.PRESETS = {"cpu": table1.Preset(16, flags, 100000, "", 4, 8)}
 sys.exit(cli.run(table1.main))
 """
@@ -142,7 +149,7 @@ sys.exit(cli.run(table1.main))
 def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, work):
     """It reaches the two trainings, which save; where table1.py itself is killed they end too."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, ROOT, *work.argv("--jobs", 2)],
+        [sys.executable, "-c", SCRIPT, ROOT, work.fid, *work.argv("--jobs", 2)],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=with_ctrl_c,
@@ -184,45 +191,64 @@ def command_lines():
     return found
 
 
-def test_a_scorer_that_cannot_work_stops_the_runs_before_the_first_ends(work, capsys):
-    """Its statistics come first."""
-    work.scorer.write_text("raise SystemExit(1)")
+def test_weights_that_do_not_fit_stop_the_runs_before_the_first_ends(work, capsys):
+    """The statistics come first."""
+    work.fid.write_text("raise SystemExit(1)")
     assert cli.run(table1.main, work.argv()) == 1
-    assert "score.py" in capsys.readouterr().err
+    assert "my_fid.py" in capsys.readouterr().err
     assert not list(work.folder.glob("*/checkpoint.pt"))
 
 
-def test_a_scorer_that_is_not_there_is_one_line(work, capsys):
-    work.scorer.unlink()
-    assert cli.run(table1.main, work.argv()) == 1
-    assert "score.py does not exist" in capsys.readouterr().err
+def test_weights_that_are_not_there_are_one_line(work, capsys):
+    assert cli.run(table1.main, work.argv("--weights", work.folder / "none.pth")) == 1
+    assert "none.pth does not exist" in capsys.readouterr().err
 
 
-def test_the_papers_scale_is_scored_by_fid_py(tmp_path, monkeypatch):
-    """Its statistics are made once, and both calls mean to fid.py what table1.py means."""
-    experiment, calls = table1.Experiment("paper", tmp_path), []
+def test_every_sample_is_scored_by_inception_and_two_judges(tmp_path, monkeypatch):
+    """Statistics and judges are made once; every call means to fid.py what table1.py means."""
+    weights = tmp_path / "w.pth"
+    experiment, calls, judges = table1.Experiment("cpu", tmp_path, weights=weights), [], []
 
     def call(program, *arguments, capture=False):
+        words = list(map(str, arguments))
+        if program == "experiments.judge":
+            judges.append(judge.parse_args(words))
+            judges[-1].out.touch()
+            return None
         assert program == Path(fid.__file__)
-        calls.append(fid.parse_args(list(map(str, arguments))))
+        calls.append(fid.parse_args(words))
         if not capture:
             calls[-1].save_stats.touch()
-        return '{"fid": 6.4, "sfid": 4.87, "is": 9.1, "n_a": 50000}'
+        if calls[-1].judge is None:
+            return '{"fid_768": 0.3, "sfid": 50, "kid": 0.1, "n_a": 1, "weights": "inception-0"}'
+        kind = Path(calls[-1].judge).stem
+        return json.dumps({f"fd_{kind}": 1.5, "precision_judge": 1, "weights": f"{kind}-0"})
 
     monkeypatch.setattr(experiment.programs, "call", call)
-    monkeypatch.setattr(experiment, "save_real", lambda path, first, n: None)
+    monkeypatch.setattr(experiment, "save_real", lambda path, first, n: path.touch())
     for _ in range(2):
-        assert experiment.score("images.npz") == {"FID": 6.4, "sFID": 4.87}
-    made, first, second = calls
-    of, against = made.A, made.B
-    assert of == str(tmp_path / "reference.npz")
-    assert against is None
-    assert made.save_stats != experiment.statistics()  # it appears when it is whole
-    of, against = first.A, first.B
-    assert of == "images.npz"
-    assert against == str(experiment.statistics())
-    assert first.json
-    assert first == second
+        found = experiment.score("images.npz")
+    assert found["weights"] == ["inception-0", "judge-classes-0", "judge-rotations-0"]
+    assert {"fid_768": 0.3, "sfid": 50, "kid": 0.1}.items() <= found.items()
+    assert "n_a" not in found and "precision_judge" not in found
+    assert [a.task for a in judges] == ["classes", "rotations"]
+    assert all(a.image_size == 16 for a in judges)
+    made = [a for a in calls if a.save_stats]
+    scored = [a for a in calls if not a.save_stats]
+    assert (len(made), len(scored)) == (3, 6)
+    assert {a.A for a in made} == {str(tmp_path / "reference.npz")}
+    assert all(a.A == "images.npz" and a.json for a in scored)
+    first = scored[0]
+    assert (first.dims, first.weights, first.judge) == (768, str(weights), None)
+    assert [a.B for a in scored] == 2 * [
+        str(experiment.statistics(n)) for n in experiment.networks()
+    ]
+
+
+def test_the_papers_scale_is_scored_by_fid_itself(tmp_path):
+    """2048 features of the whole file, which fid.py downloads."""
+    flags = table1.Experiment("paper", tmp_path).network_flags("inception")
+    assert flags == ["--dims", 2048]
 
 
 # ---- the rows ----
@@ -286,8 +312,8 @@ def test_table_1_comes_first_and_everything_goes_seed_by_seed(work):
 
 def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys):
     def scored(row, seed, value):
-        ten = {"FID-768": 0.0, "sFID": 0.0}
-        return line(row, seed, **{"100": {"FID-768": value, "sFID": 1.0}, "10": ten})
+        ten = {"fid_768": 0.0, "sfid": 0.0}
+        return line(row, seed, **{"100": {"fid_768": value, "sfid": 1.0}, "10": ten})
 
     table1.table(
         [
@@ -308,7 +334,7 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
     """Other steps, and other iterations of equal flags; nothing under a variant."""
 
     def scored(row, value, *steps):
-        return line(row, **{str(n): {"FID-768": value + n, "sFID": 0.0} for n in steps})
+        return line(row, **{str(n): {"fid_768": value + n, "sfid": 0.0} for n in steps})
 
     table1.table(
         [
@@ -332,7 +358,18 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
     ]
 
 
-def test_lines_of_two_scorers_are_not_one_table():
-    lines = [line("Dual", **{"100": {score: 1.0, "sFID": 1.0}}) for score in ("FID", "FID-768")]
-    with pytest.raises(ValueError, match="FID, sFID and FID-768, sFID; expected one scorer's"):
+def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
+    """KID in thousandths; a line from before they were taken is in no other table's way."""
+    scores = {"fid_768": 1.0, "sfid": 1.0}
+    every = {key: 0.002 for key in table1.SCORES if key not in table1.MAIN}
+    lines = [line("Dual", seed, **{"100": scores, "10": scores}) for seed in (0, 1)]
+    lines.append(line("Dual", 2, **{"100": scores | every, "10": scores | every}))
+    table1.table(lines)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "| Dual | 1 |" + 2 * " 2.00 | 0.002 | 2.00 | 0.002 | 2.00 |"
+
+
+def test_lines_of_two_networks_are_not_one_table():
+    lines = [line("Dual", **{"100": {score: 1.0, "sfid": 1.0}}) for score in ("fid", "fid_768")]
+    with pytest.raises(ValueError, match="fid, sfid and fid_768, sfid; expected one network's"):
         table1.scores_of(lines)
