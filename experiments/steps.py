@@ -1,22 +1,32 @@
-r"""What few sampling steps are worth on a trained model: a score by steps, sampler and spacing.
+r"""What few sampling steps are worth on trained models: a score by steps, sampler and spacing.
 
     python -m experiments.steps runs/casdm-shapes/checkpoint.pt --data shapes
-    python -m experiments.steps A.pt B.pt --data images.npz --n 2048 --out assets/steps.png
+    python -m experiments.steps A/checkpoint.pt B/checkpoint.pt --data images.npz --judge JUDGE.pt
+    python -m experiments.steps --out assets/steps.png        the tables of all lines, and a picture
 
-The score is the Frechet distance of the pixels, in [-1, 1], of --n samples to the images of
---data.  It needs no network; it is no FID, and compares at equal n alone.  The line `images` is
-what a random half of the data scores against the other.  Every number of a model is drawn from the
-same noise.
+The score is a Frechet distance of --n samples to the images of --data: of a judge's features
+(judge.py), or of the pixels, in [-1, 1], which needs no network.  It is no FID, and compares at
+equal n alone.  The column `images` is what as many of the images score against the rest: what a
+perfect model may reach.  Every sample of a model is drawn from the same noise.
+
+Each score is a line of --results; a score that has its line is not taken again.
 """
 
+import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from tqdm import tqdm
 
-from data import from_pixels, load_images, to_pixels
-from fid import Statistics
+from data import load_images, to_pixels
+from fid import batched, features_of
+from inception import Rows
+from neighbours.judge import load_judge
+from neighbours.solvers import SPACINGS
 from sample import load_model, open_sampler, sampler_defaults
 from scores import frechet_distance
 from support import cli
@@ -24,105 +34,157 @@ from support.draws import stream
 from support.pictures import pyplot, save_figure
 
 STEPS = (5, 7, 10, 15, 20, 50, 100)
-WAYS = {  # name -> (--sampler, --spacing)
-    "ddim, even": ("ddim", None),
-    "ddim, logsnr": ("ddim", "logsnr"),
-    "dpm++, even": ("dpm++", None),
-    "dpm++, trailing": ("dpm++", "trailing"),
-    "dpm++, logsnr": ("dpm++", "logsnr"),
+RESULTS = Path("experiments/steps.jsonl")
+
+
+class Way(NamedTuple):
+    """How a sample is drawn, and the most steps that it is tried with."""
+
+    sampler: str
+    spacing: str | None
+    most: int
+
+
+WAYS = {
+    "DDIM, even": Way("ddim", None, 100),
+    "DDIM, trailing": Way("ddim", "trailing", 20),
+    "DDIM, log SNR": Way("ddim", "logsnr", 20),
+    "DPM++(2M), even": Way("dpm++", None, 20),
+    "DPM++(2M), trailing": Way("dpm++", "trailing", 20),
+    "DPM++(2M), log SNR": Way("dpm++", "logsnr", 20),
 }
 
 
-def statistics(pixels):
-    """(mu, sigma) of uint8 [N, H, W, 3] as rows of H W 3 numbers in [-1, 1]."""
-    sums = Statistics()
-    for start in range(0, len(pixels), 256):
-        sums.add(from_pixels(pixels[start : start + 256]).flatten(1))
-    return sums.gaussian()
+class Pixels(nn.Module):
+    """A network of features that are the pixels."""
+
+    name = "pixels-0"
+
+    def forward(self, images):
+        return Rows(images.flatten(1) / 127.5 - 1)
 
 
-def halves(pixels):
-    """The distance of two random halves of the data: what a perfect model may score."""
-    order = stream(0, "halves", 0).permutation(len(pixels))
-    first, second = np.array_split(order, 2)
-    return frechet_distance(*statistics(pixels[first]), *statistics(pixels[second]))
+class Scorer:
+    """The distance of samples to images, by one network, at n samples."""
+
+    def __init__(self, network, images, n):
+        self.network, self.n = network, n
+        order = stream(0, "reference", 0).permutation(len(images))
+        self.reference = self.features(images[np.sort(order[n:])])
+        self.perfect = self.distance(images[np.sort(order[:n])])
+
+    def features(self, pixels):
+        return features_of(batched(pixels, 500), self.network, len(pixels))
+
+    def distance(self, pixels):
+        """pixels : uint8 [n, H, W, 3]"""
+        found = self.features(pixels)
+        return frechet_distance(found.mu, found.sigma, self.reference.mu, self.reference.sigma)
 
 
 def draw(model, settings, way, steps, n):
     """uint8 [n, H, W, 3] of the model, by one of WAYS."""
     a = sampler_defaults()
-    a.sampler, spacing = WAYS[way]
-    a.steps = steps
-    if spacing:
-        a.spacing = spacings()[spacing]
+    a.sampler, a.steps = WAYS[way].sampler, steps
+    if WAYS[way].spacing:
+        a.spacing = SPACINGS[WAYS[way].spacing]
     sampler = open_sampler(a, model, settings)
     parts = [to_pixels(sampler(first, min(64, n - first))) for first in range(0, n, 64)]
     return torch.cat(parts).numpy()
 
 
-def spacings():
-    from neighbours.solvers import SPACINGS
-
-    return SPACINGS
-
-
-def scores(checkpoint, images, n):
-    """{way: [score of each of STEPS]} of one checkpoint."""
+def take_scores(checkpoint, a):
+    """A line of a.results for each way and number of steps of one checkpoint."""
     model, _, settings = load_model(checkpoint)
-    reference = statistics(images)
-    found = {}
-    for way in WAYS:
-        found[way] = []
+    network = load_judge(a.judge) if a.judge else Pixels()
+    name = checkpoint.absolute().parent.name
+    kind = {"model": name, "network": network.name, "n": a.n}
+    wanted = []
+    for way, how in WAYS.items():
         for steps in STEPS:
-            pixels = draw(model, settings, way, steps, n)
-            found[way].append(frechet_distance(*statistics(pixels), *reference))
-            print(f"{checkpoint} {way} {steps}: {found[way][-1]:.3f}", file=sys.stderr)
-    return found
+            key = kind | {"way": way, "steps": steps}
+            if steps <= how.most and not any(key.items() <= line.items() for line in lines(a)):
+                wanted.append(key)
+    if not wanted:
+        return
+    images = load_images(a.data, settings["image_size"]).pixels
+    scorer = Scorer(network, images, a.n)
+    for key in tqdm(wanted, desc=name, unit="score", file=sys.stderr):
+        distance = scorer.distance(draw(model, settings, key["way"], key["steps"], a.n))
+        with open(a.results, "a") as f:
+            f.write(json.dumps(key | {"distance": distance, "images": scorer.perfect}) + "\n")
+
+
+def lines(a):
+    if not a.results.exists():
+        return []
+    return [json.loads(line) for line in a.results.read_text().splitlines()]
+
+
+# ---- the table and the picture ----
 
 
 def table(found):
-    """Markdown: a row a way, a column a number of steps."""
-    lines = [
-        f"| | {' | '.join(f'{steps} steps' for steps in STEPS)} |",
-        "| --- |" + " --- |" * len(STEPS),
-    ]
-    for way, values in found.items():
-        lines.append(f"| {way} | {' | '.join(f'{value:.2f}' for value in values)} |")
-    return "\n".join(lines)
+    """Markdown of lines: a row a model and way, a column a number of steps."""
+    names = [f"{steps} steps" for steps in STEPS]
+    rows = [f"| model | way | {' | '.join(names)} | images |", "| --- " * (len(STEPS) + 3) + "|"]
+    for model, way, distances, perfect in curves(found):
+        cells = [f"{distances[steps]:.3f}" if steps in distances else "" for steps in STEPS]
+        rows.append(f"| {model} | {way} | {' | '.join(cells)} | {perfect:.3f} |")
+    return "\n".join(rows)
 
 
-def save_picture(every, path):
-    """A panel a checkpoint: the score against steps, a line a way."""
-    size = (5 * len(every), 3.5)
-    figure, axes = pyplot().subplots(1, len(every), figsize=size, squeeze=False)
-    for axis, (name, found) in zip(axes[0], every.items(), strict=True):
-        for way, values in found.items():
-            axis.loglog(STEPS, values, marker="o", label=way)
-        axis.set(title=name, xlabel="steps", ylabel="distance of the pixels")
+def curves(found):
+    """(model, way, {steps: distance}, what images score), in the order of the lines."""
+    pairs = dict.fromkeys((line["model"], line["way"]) for line in found)
+    for model, way in sorted(pairs, key=lambda pair: [pair[0], list(WAYS).index(pair[1])]):
+        mine = [line for line in found if (line["model"], line["way"]) == (model, way)]
+        yield model, way, {line["steps"]: line["distance"] for line in mine}, mine[0]["images"]
+
+
+def save_picture(found, path):
+    """A panel a model: the distance against steps, a line a way."""
+    models = list(dict.fromkeys(line["model"] for line in found))
+    size = (4 * len(models), 3.5)
+    figure, axes = pyplot().subplots(1, len(models), figsize=size, squeeze=False)
+    panels = dict(zip(models, axes[0], strict=True))
+    for model, way, distances, _ in curves(found):
+        x = sorted(distances)
+        panels[model].loglog(x, [distances[steps] for steps in x], marker="o", label=way)
+    for model, axis in panels.items():
+        axis.set(title=model, xlabel="steps", ylabel="Frechet distance")
         axis.set_xticks(STEPS, [str(steps) for steps in STEPS])
         axis.minorticks_off()
-    axes[0][0].legend()
+    axes[0][0].legend(fontsize="small")
     save_figure(figure, path, 110)
 
 
 def main(argv=None):
-    """The tables, and the picture if one is asked for."""
-    p = cli.Parser(__doc__)
-    p.add_argument("checkpoints", nargs="+", type=Path)
-    p.add_argument("--data", default="shapes", help="the images that the models were trained on")
-    p.add_argument("--n", type=cli.whole(2), default=1024, help="samples a score")
-    p.add_argument("--out", type=Path, metavar="FILE.png", help="also as a picture")
-    a = p.parse_args(argv)
-    every = {}
+    """Takes the scores that are missing, and shows all lines of the same network and n."""
+    a = parse_args(argv)
     for checkpoint in a.checkpoints:
-        _, _, settings = load_model(checkpoint)
-        images = load_images(a.data, settings["image_size"]).pixels
-        every[checkpoint.parent.name] = scores(checkpoint, images, a.n)
-        print(f"\n{checkpoint}, {a.n} samples; images: {halves(images):.2f}\n")
-        print(table(every[checkpoint.parent.name]))
+        take_scores(checkpoint, a)
+    groups = {}
+    for line in lines(a):
+        groups.setdefault((line["network"], line["n"]), []).append(line)
+    if not groups:
+        raise ValueError(f"{a.results} has no line; expected scores; name a checkpoint")
+    for (network, n), found in groups.items():
+        print(f"\n{network}, {n} samples\n\n{table(found)}")
     if a.out:
-        save_picture(every, a.out)
+        save_picture(list(groups.values())[-1], a.out)
         print(f"\n{a.out} written")
+
+
+def parse_args(argv):
+    p = cli.Parser(__doc__)
+    p.add_argument("checkpoints", nargs="*", type=Path, help="each in its run's folder")
+    p.add_argument("--data", default="shapes", help="the images that the models were trained on")
+    p.add_argument("--judge", metavar="FILE.pt", help="by its features instead of the pixels")
+    p.add_argument("--n", type=cli.whole(2), default=1024, help="samples a score")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="FILE.jsonl")
+    p.add_argument("--out", type=Path, metavar="FILE.png", help="the last table as a picture")
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
