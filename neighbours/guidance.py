@@ -140,9 +140,10 @@ class Guidance(Neighbour):
     def check(self, s):
         if s["model"] not in self.models:
             return
-        if s["sample_every"] or s["eval_every"]:
+        if s["sample_every"] or s["eval_every"] or s["eval_at"]:
             raise ValueError(
-                "--sample-every and --eval-every: a classifier makes no images; leave them out"
+                "--sample-every, --eval-every and --eval-at: a classifier makes no images; "
+                "leave them out"
             )
         for key in ("class_cond", "label_dropout", "self_perceptual"):
             if s.get(key):

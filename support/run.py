@@ -153,7 +153,7 @@ class Run:
                 extra.note(self.drawn["t"], noted)
         s = self.settings
         row = self.step % LOG_EVERY == 0
-        pictures_due = due(s, "sample_every", self.step) or due(s, "eval_every", self.step)
+        pictures_due = due(s, "sample_every", self.step) or evaluation_due(s, self.step)
         save = pictures_due or due(s, "save_every", self.step) or self.step == s["iterations"]
         if row or save or self.device.type == "cpu":
             self.guard.check()
@@ -309,7 +309,7 @@ class Run:
             f"{len(self.images.pixels):,} images of {self.images.name}; "
             f"step {self.step} of {s['iterations']}"
         )
-        if s["sample_every"] or s["eval_every"]:
+        if s["sample_every"] or s["eval_every"] or s["eval_at"]:
             size = batch_size_of_samples(self.device, s)
             print(f"samples are drawn in {s['precision']}, {size} at a time")
         print(f"writing to {self.folder}")
@@ -346,12 +346,17 @@ def due(s, every, step):
     return bool(s[every]) and step > 0 and (step % s[every] == 0 or step == s["iterations"])
 
 
+def evaluation_due(s, step):
+    """Whether --eval-every or --eval-at asks for an evaluation at this step."""
+    return due(s, "eval_every", step) or step in s["eval_at"]
+
+
 def pending(s, folder, step):
     """Whether a grid, and an evaluation, are due at this step and not in the folder yet."""
     grid = due(s, "sample_every", step) and not grid_path(folder, step).exists()
     rows = pictures.read_log(folder)
     evaluated = any(row["step"] == step and "loss" not in row for row in rows)
-    return grid, due(s, "eval_every", step) and not evaluated
+    return grid, evaluation_due(s, step) and not evaluated
 
 
 def grid_path(folder, step):

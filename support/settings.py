@@ -41,6 +41,7 @@ PAPER = DEFAULTS | {
     "sample_every": 10_000,
     "save_every": 10_000,
     "eval_every": 0,
+    "eval_at": [],
     "eval_samples": 10_000,
 }
 SHAPES = {
@@ -60,6 +61,7 @@ FREE = (
     "sample_every",
     "save_every",
     "eval_every",
+    "eval_at",
     "eval_samples",
     "sampler",
     "sample_steps",
@@ -84,7 +86,7 @@ def parse_args(doc, argv):
         def flag(name, text, **how):
             key = name.replace("-", "_")
             default = every.get(key)
-            if default not in (None, {}, False):
+            if default not in (None, {}, [], False):
                 text += f" (default: {default}"
                 text += f"; on shapes {SHAPES[key]})" if key in SHAPES else ")"
             group.add_argument(f"--{name}", help=text, **how)
@@ -150,6 +152,8 @@ def parse_args(doc, argv):
     flag("sample-every", "steps between grids of samples; 0: never", type=whole(0))
     flag("save-every", "steps between checkpoints; 0: only the last", type=whole(0))
     flag("eval-every", "steps between evaluations (FID, sFID, IS); 0: never", type=whole(0))
+    text = "evaluations at these steps alone, or beside those of --eval-every"
+    flag("eval-at", text, type=parse_steps, metavar="A,B,...")
     text = "how grids and evaluations are sampled; on shapes dpm++"
     flag("sampler", text, choices=samplers())
     flag("sample-steps", "and in how many steps; on shapes 10", type=whole(1))
@@ -234,6 +238,12 @@ def check(s, typed):
             "a metric compares clean images, and neither DDPM's eps mode nor a classifier "
             "learns any; use --predict x0, --model dual or --model casdm"
         )
+    late = [step for step in s["eval_at"] if step > s["iterations"]]
+    if late:
+        raise ValueError(
+            f"--eval-at {late[0]}; expected at most the {s['iterations']} of --iterations; "
+            "leave it out"
+        )
     if "sample_steps" in typed and s["sample_steps"] > s["T"]:
         raise ValueError(
             f"--sample-steps {s['sample_steps']}; expected at most the {s['T']} steps of --T; "
@@ -249,6 +259,11 @@ def parse_metric(text):
             f"got {text!r}; expected NAME=W with NAME one of {', '.join(METRICS)}"
         )
     return name, cli.real(0)(weight)
+
+
+def parse_steps(text):
+    """An argparse type: 20000,40000 -> [20000, 40000]"""
+    return sorted({cli.whole(1)(step) for step in text.split(",")})
 
 
 # ---- a run to go on with ----
@@ -343,7 +358,7 @@ def load_inputs(s):
         s |= {"image_size": images.pixels.shape[1], "num_classes": classes(s, images)}
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
     others = [attempt(neighbour.metrics, s) for neighbour in neighbours() if images]
-    network = attempt(fid.InceptionFeatures) if s["eval_every"] else None
+    network = attempt(fid.InceptionFeatures) if s["eval_every"] or s["eval_at"] else None
     if missing:
         raise OSError(" | ".join(missing))
     if s["metric_size"]:

@@ -106,7 +106,7 @@ def commands(text):
     lines = [
         line
         for block in re.findall(r"```bash\n(.*?)```", text, re.S)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
     ]
     without_blocks = re.sub(r"```.*?```", "", text, flags=re.S)
     lines += re.findall(r"`([^`]+)`", without_blocks)

@@ -12,7 +12,7 @@ from support import cli, parallel
 from support import run as run_module
 from support.checkpoint import read_checkpoint
 from support.pictures import read_log
-from support.run import Run, batch_size_of_samples, compile_mode
+from support.run import Run, batch_size_of_samples, compile_mode, evaluation_due
 
 # ---- memory ----
 
@@ -77,6 +77,19 @@ def test_a_resumed_run_lets_the_checkpoint_go(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "after_step", after_step)
     assert run("--resume", *out, "--iterations", 2) == 0
     assert opened and alive == [0]
+
+
+# ---- when ----
+
+
+@pytest.mark.parametrize(
+    "eval_every, eval_at, due",
+    [(0, [], []), (3, [], [3, 6, 7]), (0, [2, 5], [2, 5]), (3, [2, 6], [2, 3, 6, 7])],
+)
+def test_evaluations_are_every_so_many_steps_and_at_the_steps_asked_for(eval_every, eval_at, due):
+    """--eval-every counts the last step too; --eval-at is of its steps alone, as the paper's."""
+    s = {"eval_every": eval_every, "eval_at": eval_at, "iterations": 7}
+    assert [step for step in range(8) if evaluation_due(s, step)] == due
 
 
 # ---- best.pt ----

@@ -265,6 +265,8 @@ def test_resume_refuses_a_changed_setting_and_names_it(flags, names, tmp_path, c
         ("", "--accumulate 16", "multiple of 1 processes x --accumulate 16"),
         ("--model classifier", "--sample-every 5", "makes no images"),
         ("--model classifier", "--eval-every 5", "makes no images"),
+        ("--model classifier", "--eval-at 5", "makes no images"),
+        ("", "--eval-at 1,3", "--eval-at 3; expected at most the 2 of --iterations"),
         ("--T 150", "--sample-steps 151", "at most the 150 steps of --T"),
     ],
 )
