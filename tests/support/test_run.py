@@ -57,10 +57,8 @@ def test_nothing_that_lives_through_a_run_carries_a_graph(flags, tmp_path):
             assert not wants, f"{name} wants a gradient"
 
 
-def test_a_resumed_run_lets_the_checkpoint_go(tmp_path, monkeypatch):
+def test_a_resumed_run_lets_the_checkpoint_go(begun_run, monkeypatch):
     """No tensor of the checkpoint's weights and averages is alive after the first step."""
-    out = ["--out", tmp_path / "run", "--device", "cpu"]
-    assert run(*SMALL, "--T", 4, *out, "--iterations", 1) == 0
     opened, alive = [], []
 
     def reopen(*how, reopen=train.reopen):
@@ -75,7 +73,8 @@ def test_a_resumed_run_lets_the_checkpoint_go(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "reopen", reopen)
     monkeypatch.setattr(Run, "after_step", after_step)
-    assert run("--resume", *out, "--iterations", 2) == 0
+    go_on = ["--resume", "--out", begun_run, "--device", "cpu"]
+    assert run(*go_on, "--iterations", 2) == 0
     assert opened and alive == [0]
 
 
