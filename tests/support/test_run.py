@@ -143,8 +143,9 @@ def test_images_per_second_leaves_out_grids_evaluations_and_saves(tmp_path, monk
     assert [row["images_per_second"] for row in read_log(tmp_path)] == [4, 4]
 
 
-def test_a_run_whose_stderr_is_a_file_draws_no_bar(tmp_path, capsys):
+def test_a_run_whose_stderr_is_a_file_draws_no_bar(tmp_path, monkeypatch, capsys):
     """Only errors are there; the losses are in log.jsonl."""
+    monkeypatch.setattr(run_module, "GRID", 4)
     flags = [*SMALL, "--T", 4, "--model", "ddpm", "--iterations", 2, "--sample-every", 2]
     assert run(*flags, "--out", tmp_path / "run") == 0
     assert capsys.readouterr().err == ""
