@@ -4,11 +4,20 @@ The networks are tiny, and two threads that wait by spinning made the suite ten 
 any other busy process.
 """
 
+import gc
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the collector of garbage need not look through it again."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 @pytest.fixture
@@ -20,6 +29,22 @@ def images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
     np.savez(path, arr_0=pixels, arr_1=np.arange(10) % 3)
     return path
+
+
+@pytest.fixture(scope="session")
+def one_step(tmp_path_factory):
+    """The folder of a small run of one step on shapes; Dual Diffusion has all three losses."""
+    from runs import SMALL, run
+
+    folder = tmp_path_factory.mktemp("one_step") / "run"
+    assert run(*SMALL, "--model", "dual", "--iterations", 1, "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def begun_run(one_step, tmp_path):
+    """A copy of that run, which the test may change."""
+    return Path(shutil.copytree(one_step, tmp_path / "run"))
 
 
 @pytest.fixture

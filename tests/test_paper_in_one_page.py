@@ -122,12 +122,12 @@ def without_zeros(model):
 
 
 def small_casdm():
-    """A Cas-DM of random float64 weights, and a draw of three numbers a pixel of three images."""
+    """A Cas-DM of random float64 weights, and three numbers a pixel of three 8 x 8 images."""
     from refiner import build_model
 
     torch.manual_seed(1)
     model = build_model({"image_size": 16, "channels": 32, "res_blocks": 1})
-    return without_zeros(model.double()), torch.randn(3, 3, 3, 16, 16, dtype=torch.float64)
+    return without_zeros(model.double()), torch.randn(3, 3, 3, 8, 8, dtype=torch.float64)
 
 
 def test_losses_and_gradients_are_the_pages():

@@ -97,8 +97,10 @@ def spoil(value, args=()):
 def run_test(name):
     """Runs a test up to its first failure, and gives the exceptions of those that failed."""
     failures = Failures()
-    quiet = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
-    pytest.main([name, "-x", *quiet], plugins=[failures])
+    quiet = ["-q", "--no-header", "--no-summary"]
+    # The last of them collects garbage at every end, which takes longer than the test.
+    without = ["-pno:cacheprovider", "-pno:threadexception", "-pno:unraisableexception"]
+    pytest.main([name, "-x", *quiet, *without], plugins=[failures])
     return failures.found
 
 

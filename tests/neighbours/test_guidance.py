@@ -46,8 +46,8 @@ def noisy(n=4, seed=0):
 
 
 def guided_sampler(model, make_step, classifier, scale, label):
-    """A Sampler of ten steps, guided towards the label."""
-    sampler = Sampler(model, 16, 10, make_step=guided(make_step, classifier, scale))
+    """A Sampler of four steps, guided towards the label."""
+    sampler = Sampler(model, 16, 4, make_step=guided(make_step, classifier, scale))
     sampler.classes, sampler.label = 3, label
     return sampler
 
@@ -125,7 +125,7 @@ def test_labels_train_their_rows_and_no_other():
 
 
 def test_image_i_of_a_model_with_classes_has_label_i_mod_k_unless_one_is_asked_for():
-    sampler = Sampler(small("ddpm", num_classes=3), 16, 5)
+    sampler = Sampler(small("ddpm", num_classes=3), 16, 4)
     assert sampler.labels(4, 5).tolist() == [1, 2, 0, 1, 2]
     whole = sampler(0, 5)
     assert_close(sampler(3, 2), whole[3:], rtol=0, atol=1e-4)
@@ -154,19 +154,19 @@ def test_the_gradient_is_that_of_the_log_probability_times_the_scale():
 @pytest.mark.parametrize("step", STEPS)
 def test_scale_zero_is_the_unguided_sampler_bit_for_bit(model, step):
     model, classifier = small(model), small("classifier", num_classes=3)
-    plain = Sampler(model, 16, 10, make_step=STEPS[step])(0, 2)
-    assert torch.equal(guided_sampler(model, STEPS[step], classifier, 0.0, 1)(0, 2), plain)
+    plain = Sampler(model, 16, 4, make_step=STEPS[step])(0, 1)
+    assert torch.equal(guided_sampler(model, STEPS[step], classifier, 0.0, 1)(0, 1), plain)
 
 
 def test_the_ancestral_mean_moves_by_s_sigma_g():
     """One step of a Gaussian classifier, in closed form: mu + s Sigma (c - x_t) (ADM Alg. 1)."""
     model, c = small("ddpm"), torch.full((3, 16, 16), 0.5)
     plain, moved = [], []
-    sampler = Sampler(model, 16, 10, make_step=STEPS["ancestral"])
+    sampler = Sampler(model, 16, 4, make_step=STEPS["ancestral"])
     sampler(0, 1, lambda t, x_t, estimates: plain.append(x_t))
     sampler = guided_sampler(model, STEPS["ancestral"], Gaussian(c), 3.0, 0)
     sampler(0, 1, lambda t, x_t, estimates: moved.append(x_t))
-    sigma2 = log_variance(torch.tensor([10]), sampler.chain, "small", c[None]).exp()
+    sigma2 = log_variance(torch.tensor([4]), sampler.chain, "small", c[None]).exp()
     assert torch.equal(moved[0], plain[0])
     assert_close(moved[1], plain[1] + 3.0 * sigma2 * (c - moved[0]), rtol=1e-4, atol=1e-4)
 
@@ -193,9 +193,9 @@ def test_in_casdm_phi_sees_the_unguided_x0_star():
     model, classifier = small("casdm"), Gaussian(torch.full((3, 16, 16), 5.0))
     seen = []
     model.phi.register_forward_hook(lambda phi, inputs, output: seen.append(inputs[0]))
-    Sampler(model, 16, 10)(0, 1)
+    Sampler(model, 16, 4)(0, 1)
     guided_sampler(model, STEPS["ddim"], classifier, 1.0, 0)(0, 1)
-    plain, moved = seen[:10], seen[10:]
+    plain, moved = seen[:4], seen[4:]
     assert torch.equal(plain[0], moved[0])
     assert not torch.equal(plain[1], moved[1])
 

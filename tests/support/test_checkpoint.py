@@ -81,7 +81,8 @@ def test_any_other_version_is_refused_in_one_line(version, tmp_path):
 
 @pytest.mark.parametrize("weights", [None, [1, 2], {1: torch.zeros(1)}])
 def test_a_version_1_file_with_other_things_inside_is_one_line(weights, tmp_path):
-    state = {"kind": "cas-dm checkpoint", "version": 1, "settings": {}, "step": 1, "data": ""}
+    state = {"kind": "cas-dm checkpoint", "version": 1, "step": 1, "data": ""}
+    state["settings"] = {"channels": 32, "res_blocks": 1}
     torch.save(state | {"model": {}, "ema": weights}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="do not fit its settings") as e:
         load_model(tmp_path / "a.pt")

@@ -27,7 +27,7 @@ from support.checkpoint import write_checkpoint
 from support.settings import defaults
 
 COMMON = hypothesis_settings(deadline=None, suppress_health_check=list(HealthCheck))
-hundreds = pytest.mark.parametrize("cases", [200, pytest.param(5000, marks=pytest.mark.soak)])
+hundreds = pytest.mark.parametrize("cases", [100, pytest.param(5000, marks=pytest.mark.soak)])
 
 
 def explore(cases, check):

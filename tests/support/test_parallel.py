@@ -60,7 +60,7 @@ def test_parts_of_the_batch_give_the_gradient_of_the_undivided_batch(
     parts, size, tmp_path, monkeypatch
 ):
     """In float64: the mean over ranks of the sum over accumulated parts."""
-    run = new_run(tmp_path, "--batch-size", 8)
+    run = new_run(tmp_path, "--model", "dual", "--batch-size", 4)
     generator = torch.Generator().manual_seed(0)
     for p in run.raw_model.double().parameters():
         p.data.add_(0.05 * torch.randn(p.shape, generator=generator))

@@ -57,10 +57,8 @@ def test_nothing_that_lives_through_a_run_carries_a_graph(flags, tmp_path):
             assert not wants, f"{name} wants a gradient"
 
 
-def test_a_resumed_run_lets_the_checkpoint_go(tmp_path, monkeypatch):
+def test_a_resumed_run_lets_the_checkpoint_go(begun_run, monkeypatch):
     """No tensor of the checkpoint's weights and averages is alive after the first step."""
-    out = ["--out", tmp_path / "run", "--device", "cpu"]
-    assert run(*SMALL, "--T", 4, *out, "--iterations", 1) == 0
     opened, alive = [], []
 
     def reopen(*how, reopen=train.reopen):
@@ -75,7 +73,8 @@ def test_a_resumed_run_lets_the_checkpoint_go(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "reopen", reopen)
     monkeypatch.setattr(Run, "after_step", after_step)
-    assert run("--resume", *out, "--iterations", 2) == 0
+    go_on = ["--resume", "--out", begun_run, "--device", "cpu"]
+    assert run(*go_on, "--iterations", 2) == 0
     assert opened and alive == [0]
 
 
@@ -157,8 +156,9 @@ def test_images_per_second_leaves_out_grids_evaluations_and_saves(tmp_path, monk
     assert [row["images_per_second"] for row in read_log(tmp_path)] == [4, 4]
 
 
-def test_a_run_whose_stderr_is_a_file_draws_no_bar(tmp_path, capsys):
+def test_a_run_whose_stderr_is_a_file_draws_no_bar(tmp_path, monkeypatch, capsys):
     """Only errors are there; the losses are in log.jsonl."""
+    monkeypatch.setattr(run_module, "GRID", 4)
     flags = [*SMALL, "--T", 4, "--model", "ddpm", "--iterations", 2, "--sample-every", 2]
     assert run(*flags, "--out", tmp_path / "run") == 0
     assert capsys.readouterr().err == ""

@@ -13,7 +13,6 @@ from neighbours.guidance import Classifier
 from neighbours.variance import LearnedVariance
 from refiner import DDPM, CasDM, DDPMx0, DualDiffusion
 from runs import SMALL, assert_same_run, error_of, new_run, run, settings
-from support.checkpoint import read_checkpoint
 from support.models import kind
 from support.settings import classes, reopen
 from unet import UNet
@@ -79,11 +78,16 @@ def test_shapes_are_small_and_need_no_flag():
         ("--model ddpm --learn-sigma", LearnedVariance, {}),
     ],
 )
-@pytest.mark.parametrize("data, size", [("cifar10", 32), ("celebahq", 64), ("lsun-bedroom", 64)])
-def test_every_row_of_the_tables_is_a_command_line(line, model, metrics, data, size):
-    """Cas-DM Tables 1, 3 and 4, for each of the data sets; and the neighbours."""
-    s = settings("--data", data, *line.split())
+def test_every_row_of_the_tables_is_a_command_line(line, model, metrics):
+    """Cas-DM Tables 1, 3 and 4; and the neighbours."""
+    s = settings("--data", "cifar10", *line.split())
     assert kind(s) is model and s["metric"] == metrics
+
+
+@pytest.mark.parametrize("model", ["ddpm", "dual", "casdm", "casdm --refiner fixres"])
+@pytest.mark.parametrize("data, size", [("cifar10", 32), ("celebahq", 64), ("lsun-bedroom", 64)])
+def test_every_data_set_brings_its_size_and_the_papers_network(model, data, size):
+    s = settings("--data", data, "--model", *model.split())
     assert (s["T"], s["image_size"], s["channels"]) == (4000, size, 128)
 
 
@@ -244,18 +248,18 @@ def test_the_place_of_cifar10_is_kept_where_the_run_found_it(tmp_path, monkeypat
     "flags, names",
     [
         ("--lr 0.5", "--lr"),
-        ("--model dual", "--model"),
+        ("--model casdm", "--model"),
         ("--metric ssim=0.2", "--metric"),
         ("--lambda-mu 2", "--lambda-mu"),
         ("--seed 3", "--seed"),
     ],
 )
-def test_resume_refuses_a_changed_setting_and_names_it(flags, names, tmp_path, capsys):
-    assert run(*SMALL, "--iterations", 1, "--out", tmp_path / "run") == 0
-    go_on = ["--resume", "--iterations", 2, "--out", tmp_path / "run"]
+def test_resume_refuses_a_changed_setting_and_names_it(flags, names, begun_run, capsys):
+    before = (begun_run / "checkpoint.pt").read_bytes()
+    go_on = ["--resume", "--iterations", 2, "--out", begun_run]
     assert run(*go_on, *flags.split()) == 1
     assert names in error_of(capsys)
-    assert read_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 1
+    assert (begun_run / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,8 @@ def test_resume_refuses_a_changed_setting_and_names_it(flags, names, tmp_path, c
 )
 def test_a_resume_is_checked_on_the_settings_it_comes_to(begun, changed, says, tmp_path, capsys):
     """Before anything is done: one line, exit 1, since it depends on the checkpoint."""
-    assert run(*SMALL, *begun.split(), "--iterations", 1, "--out", tmp_path / "run") == 0
+    flags = [*SMALL, "--model", "ddpm", *begun.split(), "--iterations", 1]
+    assert run(*flags, "--out", tmp_path / "run") == 0
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
     capsys.readouterr()
     go_on = ["--resume", "--iterations", 2, "--out", tmp_path / "run"]
@@ -282,33 +287,33 @@ def test_a_resume_is_checked_on_the_settings_it_comes_to(begun, changed, says, t
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
-def test_a_resume_by_another_number_of_processes_is_checked(tmp_path, monkeypatch):
-    assert run(*SMALL, "--iterations", 1, "--out", tmp_path / "run") == 0
+def test_a_resume_by_another_number_of_processes_is_checked(one_step, monkeypatch):
     monkeypatch.setattr("support.parallel.processes", lambda: 3)
     with pytest.raises(ValueError, match="--batch-size 4: expected a multiple of 3 processes"):
-        reopen(tmp_path / "run", {})
+        reopen(one_step, {})
 
 
 def test_a_run_and_its_images_can_be_moved(images, tmp_path):
     """The run's folder and its .npz go elsewhere between two steps; the end is bitwise the same."""
-    common = [*SMALL, "--data", images]
-    assert run(*common, "--iterations", 4, "--out", tmp_path / "one") == 0
-    assert run(*common, "--iterations", 2, "--out", tmp_path / "two") == 0
+    common = [*SMALL, "--model", "ddpm", "--data", images]
+    assert run(*common, "--iterations", 3, "--out", tmp_path / "one") == 0
+    assert run(*common, "--iterations", 1, "--out", tmp_path / "two") == 0
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     place, moved = elsewhere / "two", elsewhere / "pixels.npz"
     (tmp_path / "two").rename(place)
     images.rename(moved)
     go_on = ["--resume", "--out", place, "--device", "cpu"]
-    assert run(*go_on, "--data", moved, "--iterations", 3) == 0
-    assert run(*go_on, "--iterations", 4) == 0, "the new place was not kept"
+    assert run(*go_on, "--data", moved, "--iterations", 2) == 0
+    assert run(*go_on, "--iterations", 3) == 0, "the new place was not kept"
     assert_same_run(tmp_path / "one", place)
 
 
 @pytest.mark.parametrize("typed", [True, False])
 def test_a_resume_with_other_images_in_an_npz_is_refused(typed, images, tmp_path, capsys):
     """Whether they lie at a new place or took the old one."""
-    assert run(*SMALL, "--data", images, "--iterations", 1, "--out", tmp_path / "run") == 0
+    flags = [*SMALL, "--model", "ddpm", "--data", images, "--iterations", 1]
+    assert run(*flags, "--out", tmp_path / "run") == 0
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
     other = tmp_path / "other.npz" if typed else images
     np.savez(other, arr_0=np.zeros((10, 16, 16, 3), np.uint8))
@@ -324,7 +329,8 @@ def test_a_named_set_and_a_path_are_never_one_anothers_place(
     old, new, images, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    assert run(*SMALL, "--data", old, "--iterations", 1, "--out", "run") == 0
+    flags = [*SMALL, "--model", "ddpm", "--data", old, "--iterations", 1]
+    assert run(*flags, "--out", "run") == 0
     assert run("--resume", "--out", "run", "--iterations", 2, "--data", new) == 1
     assert "expected the same" in capsys.readouterr().err
 
