@@ -8,6 +8,7 @@ r"""Noise to images: figure 2 of the paper, by DDIM unless the run names another
     python sample.py CHECKPOINT --trace trace.png            x_t, x0*, x0' and r_t over the steps
     python sample.py CHECKPOINT --sampler dpm++ --steps 10   few steps, by neighbours/solvers.py
     python sample.py CHECKPOINT --label 3                    one class, of a model with classes
+    python sample.py CHECKPOINT --save-weights FILE.pt       what it takes to sample, in float16
 
 Samples come from the moving average of the weights (--raw: from the trained ones).  Image i
 follows from (seed, i) alone: it is the same for any --n and --batch-size, its noise bitwise and its
@@ -34,6 +35,7 @@ from diffusion import (
     respace,
 )
 from support import cli, parallel, pictures
+from support.checkpoint import write_weights
 from support.draws import Noise
 from support.files import check_writable, save_npz
 from support.models import load_model, neighbours, set_precision
@@ -145,9 +147,13 @@ def samplers():
 
 
 def main(argv=None):
-    """Samples, a trace, or what a neighbour does instead."""
+    """Samples, a trace, the weights alone, or what a neighbour does instead."""
     a = parse_args(argv)
     device = parallel.begin(cli.open_device(a.device))
+    if a.save_weights:
+        if parallel.rank() == 0:
+            save_weights(a)
+        return
     model, settings = open_model(a, a.checkpoint, device)
     for neighbour in neighbours():
         if neighbour.instead(a, model, settings):
@@ -212,6 +218,19 @@ def open_sampler(a, model, settings):
     return sampler
 
 
+def save_weights(a):
+    """A new file with the weights and the settings alone, to be opened like the checkpoint."""
+    path = a.save_weights
+    check_writable(path)
+    if path.exists():
+        raise ValueError(f"{path} exists; expected a new file; remove it, or choose another")
+    model, _, settings = load_model(a.checkpoint, raw=a.raw, classifier=None)
+    write_weights(path, settings, "model" if a.raw else "ema", model.state_dict())
+    weights = "trained" if a.raw else "EMA"
+    megabytes = path.stat().st_size / 1e6
+    print(f"{weights} weights in float16, {megabytes:.1f} MB, written to {path.absolute()}")
+
+
 def draw_trace(sampler, path, most=10):
     """One image's way as a picture, of some steps that are spread evenly."""
     columns = []
@@ -255,6 +274,8 @@ def parse_args(argv):
     p.add_argument("--n", type=cli.whole(1), default=64, help="images")
     text = "draw one image's way instead: x_t, x0*, x0' and r_t over the steps"
     p.add_argument("--trace", type=Path, metavar="FILE.png", help=text)
+    text = "write the weights and the settings alone instead, in float16; opened like a checkpoint"
+    p.add_argument("--save-weights", type=Path, metavar="FILE.pt", help=text)
     where = p.add_argument_group("where")
     text = (
         "FILE.png: a grid; FILE.npz: arr_0 uint8 [N, H, W, 3]; else a folder of PNGs "
@@ -273,6 +294,8 @@ def parse_args(argv):
         p.error(f"--out {a.out} is for samples, and --trace draws none; leave one of them out")
     for neighbour in neighbours():
         neighbour.check_sample(p, a)
+    if a.save_weights:
+        check_save(p, a)
     a.out = a.out or Path("samples.png")
     if a.out.suffix not in ("", ".png", ".npz"):
         p.error(f"--out {a.out}: expected FILE.png, FILE.npz or a folder's name without a dot")
@@ -280,6 +303,16 @@ def parse_args(argv):
         p.error(f"--trace {a.trace}: expected FILE.png")
     check_sampler(p, a)
     return a
+
+
+def check_save(p, a):
+    """p.error, one line, where --save-weights names no .pt, or where a flag means nothing to it."""
+    if a.save_weights.suffix != ".pt":
+        p.error(f"--save-weights {a.save_weights}: expected FILE.pt")
+    for key, value in vars(a).items():
+        known = key in ("checkpoint", "save_weights", "raw", "device")
+        if not known and value != p.get_default(key):
+            p.error(f"--{key.replace('_', '-')} means nothing to --save-weights; leave it out")
 
 
 def sampler_flags(p):

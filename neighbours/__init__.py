@@ -7,6 +7,7 @@ What it may plug into the scripts is `plug.Neighbour`; earlier rows come first.
 from neighbours.classifier_free import FreeGuidance
 from neighbours.guidance import Guidance
 from neighbours.judge import Judges
+from neighbours.low_noise import Until
 from neighbours.perceptual import Perceptual
 from neighbours.published import Published
 from neighbours.solvers import Solvers
@@ -17,6 +18,7 @@ NEIGHBOURS = (
     FreeGuidance(),
     Guidance(),
     Perceptual(),
+    Until(),
     Published(),
     Solvers(),
     Judges(),

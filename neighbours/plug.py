@@ -36,6 +36,10 @@ class Neighbour:
         """
         return {}
 
+    def adapt(self, metric, s):
+        """What takes the place of any of the run's metrics, (pred, batch) -> [B]."""
+        return metric
+
     def draws(self, s):
         """What a step draws beside t and eps: objects with `draw(rng, n) -> {field of Batch: [n]}`.
 

@@ -4,6 +4,8 @@ from refiner import DEFAULTS, model_class
 from support.checkpoint import read_checkpoint
 from unet import UNet
 
+WEIGHTS = {"ema": "the moving average", "model": "the trained weights"}  # of a checkpoint
+
 
 def neighbours():
     """The table of neighbours, imported when it is asked for: they load models themselves."""
@@ -30,20 +32,28 @@ def build(settings):
 def load_model(path, device="cpu", raw=False, classifier=False):
     """(model, schedule, settings) of a checkpoint, in eval mode.
 
-    The weights are the moving average's, or the trained ones if `raw`.
-    ValueError, one line, where it is a model of images and a classifier was asked for, or the
-    other way round, and where the weights do not fit the settings or are not finite.
+    The weights are the moving average's, or the trained ones if `raw`, in float32.
+    classifier : whether it shall be one, or a model of images; None: either
+    ValueError, one line, where it is the other kind, where it holds only the other weights, and
+    where the weights do not fit the settings or are not finite.
     """
     state = read_checkpoint(path)
+    part, other = ("model", "ema") if raw else ("ema", "model")
+    if part not in state and other in state:
+        remedy = "leave --raw out" if raw else "give --raw"
+        raise ValueError(
+            f"{path} holds {WEIGHTS[other]} alone; expected {WEIGHTS[part]}; "
+            f"{remedy}, or name the run's checkpoint"
+        )
     try:
         model = build(state["settings"])
-        model.load_state_dict(state["model" if raw else "ema"])
+        model.load_state_dict(state[part])
     except Exception as e:  # settings or tensors of any wrong kind: it is ours only by its label
         reason = " ".join(str(e).split())[:160]
         raise ValueError(
             f"{path}: its tensors do not fit its settings ({reason}); expected what train.py wrote"
         ) from None
-    if model.makes_images == classifier:
+    if classifier is not None and model.makes_images == classifier:
         kinds = ("classifier", "model of images")
         if classifier:
             kinds = ("model of images", "classifier")

@@ -366,6 +366,9 @@ def load_inputs(s):
     metrics = {name: (weight, OnX0(metric)) for name, (weight, metric) in metrics.items()}
     for found in others:
         metrics |= found
+    for neighbour in neighbours():
+        for name, (weight, metric) in metrics.items():
+            metrics[name] = weight, neighbour.adapt(metric, s)
     return images, metrics, network
 
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 import sample
+import train
 from refiner import DEFAULTS, build_model
 from runs import ROOT, error_of, file_names
 from support import cli
-from support.checkpoint import write_checkpoint
+from support.checkpoint import PLACES, read_checkpoint, write_checkpoint
 
 SETTINGS = DEFAULTS | {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 20}
 
@@ -97,6 +98,126 @@ def test_load_model_gives_the_model_its_schedule_and_its_settings(checkpoint):
     model, schedule, settings = sample.load_model(checkpoint)
     assert schedule is model.schedule and len(schedule.beta) == 21
     assert settings == SETTINGS and not model.training
+
+
+# ---- the weights alone ----
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model": "ddpm"},
+        {"model": "ddpm", "predict": "x0"},
+        {"model": "dual"},
+        {"model": "casdm"},
+    ],
+    ids=["eps", "x0", "dual", "casdm"],
+)
+def test_images_of_saved_weights_are_within_one_level_of_the_checkpoints(model, tmp_path):
+    """By DDIM of 10 steps; the layers that begin at zero have numbers, else theta would be mute."""
+    torch.manual_seed(0)
+    net = build_model(SETTINGS | model)
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    full, saved = tmp_path / "full.pt", tmp_path / "saved.pt"
+    write_checkpoint(full, SETTINGS | model, ema=net.state_dict())
+    assert run(full, "--save-weights", saved) == 0
+    how = ["--n", 2, "--steps", 10]
+    ours, theirs = (sampled(tmp_path / "a.npz", path, *how) for path in (saved, full))
+    assert abs(ours - theirs).max() == 1, "float16 rounds, and by no more than a level"
+    assert theirs.std() > 20
+
+
+@pytest.mark.parametrize("flags, part", [([], "ema"), (["--raw"], "model")])
+def test_saved_weights_are_one_set_in_float16_with_the_settings(
+    flags, part, checkpoint, tmp_path, capsys
+):
+    path = tmp_path / "weights.pt"
+    assert run(checkpoint, "--save-weights", path, *flags) == 0
+    size = path.stat().st_size
+    assert f", {size / 1e6:.1f} MB, written to {path}" in capsys.readouterr().out
+    full, saved = read_checkpoint(checkpoint), read_checkpoint(path)
+    assert saved.keys() == {"kind", "version", "settings", part}
+    assert saved["settings"] == full["settings"]
+    assert saved[part].keys() == full[part].keys()
+    for name, weight in full[part].items():
+        assert torch.equal(saved[part][name], weight.half()), name
+    float32 = sum(4 * weight.numel() for weight in full[part].values())
+    assert 0.5 < size / float32 < 0.53
+    assert file_names(tmp_path) == ["weights.pt"]
+
+
+def test_saved_weights_open_in_float32_and_may_be_saved_again(checkpoint, tmp_path):
+    first, again = tmp_path / "first.pt", tmp_path / "again.pt"
+    assert run(checkpoint, "--save-weights", first) == 0
+    assert {p.dtype for p in sample.load_model(first)[0].parameters()} == {torch.float32}
+    assert run(first, "--save-weights", again) == 0
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_saved_settings_name_no_place(checkpoint, tmp_path):
+    """A file that is passed on says nothing of its maker's folders."""
+    state = read_checkpoint(checkpoint)
+    places = dict.fromkeys(PLACES, "/home/someone/images")
+    write_checkpoint(tmp_path / "full.pt", state["settings"] | places, ema=state["ema"])
+    assert run(tmp_path / "full.pt", "--save-weights", tmp_path / "saved.pt") == 0
+    assert b"someone" in (tmp_path / "full.pt").read_bytes()
+    assert b"someone" not in (tmp_path / "saved.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "saved, opened, says",
+    [
+        (
+            [],
+            ["--raw"],
+            "holds the moving average alone; expected the trained weights; leave --raw",
+        ),
+        (["--raw"], [], "holds the trained weights alone; expected the moving average; give --raw"),
+    ],
+)
+def test_weights_that_were_not_saved_are_named(saved, opened, says, checkpoint, tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    assert run(checkpoint, "--save-weights", path, *saved) == 0
+    assert run(path, "--out", tmp_path / "out.png", *opened) == 1
+    assert says in error_of(capsys)
+    assert file_names(tmp_path) == ["weights.pt"]
+
+
+def test_a_run_never_goes_on_from_saved_weights(checkpoint, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    assert run(checkpoint, "--save-weights", path) == 0
+    assert cli.run(train.main, ["--resume", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert f"{path} holds no step or no data; expected a run's checkpoint" in error_of(capsys)
+
+
+def test_a_weight_beyond_float16_is_one_line_and_nothing_is_written(checkpoint, tmp_path, capsys):
+    state = read_checkpoint(checkpoint)
+    state["ema"]["theta.out.2.bias"][0] = -70_000
+    write_checkpoint(tmp_path / "large.pt", SETTINGS, ema=state["ema"])
+    assert run(tmp_path / "large.pt", "--save-weights", tmp_path / "saved.pt") == 1
+    assert "theta.out.2.bias holds 70000; expected at most 65504" in error_of(capsys)
+    assert file_names(tmp_path) == ["large.pt"]
+
+
+def test_saved_weights_replace_no_file(checkpoint, tmp_path, capsys):
+    """It may be a run's checkpoint, even the very one."""
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(checkpoint.read_bytes())
+    assert run(path, "--save-weights", path) == 1
+    assert f"{path} exists; expected a new file" in error_of(capsys)
+    assert path.read_bytes() == checkpoint.read_bytes()
+
+
+def test_weights_are_saved_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch, capsys):
+    def half(state, f):
+        f.write(b"half")
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("support.checkpoint.torch.save", half)
+    assert run(checkpoint, "--save-weights", tmp_path / "saved.pt") == 1
+    assert "the disk is gone" in error_of(capsys) and not list(tmp_path.iterdir())
 
 
 # ---- refusals ----
@@ -190,6 +311,11 @@ def test_no_picture_is_ever_written_for_nan(checkpoint, tmp_path, monkeypatch, c
         ("--out no/such/folder.png", 1, "no/such"),
         ("--out .", 1, "empty folder"),
         ("--out taken", 1, "taken is a file"),
+        ("--save-weights a.npz", 2, "--save-weights a.npz: expected FILE.pt"),
+        ("--save-weights a.pt --steps 5", 2, "--steps means nothing to --save-weights"),
+        ("--save-weights a.pt --out a.png", 2, "--out means nothing to --save-weights"),
+        ("--save-weights a.pt --bits-per-dim --data shapes", 2, "means nothing to --save-weights"),
+        ("--save-weights no/such/a.pt", 1, "no/such does not exist; expected the folder"),
     ],
 )
 def test_bad_flags_are_one_line(flags, code, says, checkpoint, tmp_path, monkeypatch, capsys):

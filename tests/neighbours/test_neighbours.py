@@ -19,6 +19,7 @@ import sample
 import train
 from neighbours.classifier_free import classifier_free
 from neighbours.guidance import guided
+from neighbours.perceptual import judge_of
 from neighbours.variance import Ancestral, bits_per_dim
 from support import cli
 from support.checkpoint import read_checkpoint
@@ -276,6 +277,18 @@ def test_every_way_of_sampling_writes_its_picture(line, checkpoints, capsys, tmp
     code, text = sampled(capsys, checkpoints["SIGMA"], *argv, "--steps", 3, "--n", 2)
     assert code == 0, text
     assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_saved_weights_serve_the_neighbours_like_their_checkpoints(checkpoints, capsys, tmp_path):
+    """A learned variance, a classifier and a judge."""
+    saved = {name: tmp_path / f"{name}.pt" for name in ("SIGMA", "CLASSIFIER", "PLAIN")}
+    for name, path in saved.items():
+        assert sampled(capsys, checkpoints[name], "--save-weights", path)[0] == 0
+    flags = ["--classifier", saved["CLASSIFIER"], "--sampler", "ddpm", "--steps", 2, "--n", 2]
+    code, text = sampled(capsys, saved["SIGMA"], *flags, "--out", tmp_path / "images.npz")
+    assert code == 0, text
+    judge = judge_of(saved["PLAIN"], read_checkpoint(checkpoints["PLAIN"])["settings"])
+    assert not judge.training
 
 
 # ---- what they promise, on shapes ----
