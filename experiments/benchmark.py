@@ -49,6 +49,7 @@ from torchvision.models import inception as blocks
 import fid
 import inception
 import metrics
+import scores
 import train
 import unet
 from data import Images, from_pixels
@@ -507,6 +508,38 @@ def frechet(device, folder):
     return Row(lambda: fid.frechet_distance(m1, s1, m2, s2), published, ">= 10 x", 1e-8)
 
 
+def features(device, folder, n=400):
+    """fid.py's features of images, and their statistics; the network's forwards alone"""
+    network = inception.InceptionFeatures("random").to(device)
+    images = torch.randint(0, 256, (50, 3, SIZE, SIZE), dtype=torch.uint8)
+    batches = [images] * (n // len(images))
+
+    @torch.inference_mode()
+    def forwards():
+        for images in batches:
+            network(images)
+
+    return Row(lambda: fid.features_of(batches, network, n, keep_pool=True), forwards, "<= 1.02")
+
+
+def kid(device, folder):
+    """seconds of KID, 10,000 images against 10,000"""
+    a, b = two_sides(device)
+    return Row(lambda: scores.kernel_distance(a, b), None, "<= 60 s")
+
+
+def precision_recall(device, folder):
+    """seconds of precision and recall, 10,000 images against 10,000"""
+    a, b = two_sides(device)
+    return Row(lambda: scores.precision_recall(a, b), None, "<= 60 s")
+
+
+def two_sides(device, n=10_000, d=2048):
+    """Rows as fid.py keeps them, [n, d] float16, twice."""
+    g = torch.Generator().manual_seed(0)
+    return [torch.rand(n, d, generator=g).half().to(device) for _ in range(2)]
+
+
 def memory(device, folder):
     """the peak memory of features of 50,000 images; of 10,000"""
 
@@ -545,7 +578,10 @@ ROWS = {
     "input": epoch_of_input,
     "inception": inception_features,
     "inception-bf16": inception_bf16,
+    "features": features,
     "fid": frechet,
+    "kid": kid,
+    "precision-recall": precision_recall,
     "memory": memory,
     "start": start,
     "start-cifar10": start_cifar10,

@@ -85,7 +85,13 @@ def test_every_picture_is_shown():
     shown = {
         Path(name).name for page in PAGES.values() for name in re.findall(r"!\[.*\]\((.*)\)", page)
     }
-    assert shown == {path.name for path in (ROOT / "assets").iterdir()}
+    assert shown == {path.name for path in (ROOT / "assets").glob("*.png")}
+
+
+def test_every_file_of_weights_is_sampled():
+    """README's first screen names each file of the repository that is not a picture."""
+    for path in (ROOT / "assets").iterdir():
+        assert path.suffix == ".png" or f"python sample.py assets/{path.name}" in README
 
 
 def test_every_page_is_linked_from_readme():

@@ -201,6 +201,18 @@ def test_a_weight_beyond_float16_is_one_line_and_nothing_is_written(checkpoint, 
     assert file_names(tmp_path) == ["large.pt"]
 
 
+@pytest.mark.parametrize("name", ["casdm-shapes", "casdm-metric-cifar10-16"])
+def test_the_weights_of_the_repository_make_images(name, tmp_path):
+    """Of 5 MB each; the images have the colours and contrast of images, not of noise or of grey."""
+    path = ROOT / f"assets/{name}.pt"
+    assert path.stat().st_size < 5e6
+    assert not set(PLACES) & read_checkpoint(path)["settings"].keys()
+    pixels = sampled(tmp_path / "a.npz", path, "--n", 8, "--sampler", "dpm++", "--steps", 5)
+    assert pixels.shape == (8, 16, 16, 3)
+    neighbours = abs(np.diff(pixels, axis=2)).mean()
+    assert pixels.std() > 40 and neighbours < 0.5 * pixels.std()
+
+
 def test_saved_weights_replace_no_file(checkpoint, tmp_path, capsys):
     """It may be a run's checkpoint, even the very one."""
     path = tmp_path / "checkpoint.pt"
