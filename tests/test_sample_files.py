@@ -210,7 +210,7 @@ def test_the_weights_of_the_repository_make_images(name, tmp_path):
     pixels = sampled(tmp_path / "a.npz", path, "--n", 8, "--sampler", "dpm++", "--steps", 5)
     assert pixels.shape == (8, 16, 16, 3)
     neighbours = abs(np.diff(pixels, axis=2)).mean()
-    assert pixels.std() > 40 and neighbours < 0.5 * pixels.std()
+    assert pixels.std() > 40 and neighbours < 0.8 * pixels.std()
 
 
 def test_saved_weights_replace_no_file(checkpoint, tmp_path, capsys):
