@@ -72,12 +72,11 @@ def main(argv=None):
         check_data(state, s, images)
     if network:
         network.to(device)
+        fid.reference(images, network)  # before the first step: it takes minutes, and can fail
     with cli.Stop() as stop:
         run = Run(s, folder, device, images, metrics, stop, network, state)
         state = None  # as large as the run itself
         folder.mkdir(parents=True, exist_ok=True)
-        if network:
-            fid.reference(images, network)  # before the first step: it takes minutes, and can fail
         run.introduce()
         run.show()  # what an earlier attempt left undone
         finished = train(run)

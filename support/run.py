@@ -12,6 +12,7 @@ t needs.
 import collections
 import copy
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -321,7 +322,9 @@ class Run:
         if place.is_relative_to(here):
             place = place.relative_to(here)
         if not finished:
-            again = f"{parallel.launcher()} train.py --resume --out {place}"
+            again = f"{parallel.launcher()} train.py --resume --out {shlex.quote(str(place))}"
+            if parallel.size() == 1 and self.device != cli.open_device("auto"):
+                again += f" --device {self.device}"
             print(f"stopped at step {self.step}, which is saved; to go on: {again}")
             return 130
         names = ", ".join(sorted(path.name for path in self.folder.iterdir()))

@@ -221,6 +221,18 @@ def test_a_stopped_run_prints_the_command_that_goes_on(size, start, tmp_path, mo
         assert said.endswith(f"to go on: {start} train.py --resume --out {place}\n")
 
 
+def test_the_command_that_goes_on_names_the_device_and_quotes_the_folder(
+    tmp_path, monkeypatch, capsys
+):
+    """Of a run on a CPU beside a GPU, in a folder whose name has a space."""
+    r = new_run(tmp_path / "a b", "--T", 4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "open_device", lambda name: torch.device("cuda"))
+    assert r.conclude(False) == 130
+    said = capsys.readouterr().out
+    assert said.endswith("python train.py --resume --out 'a b' --device cpu\n")
+
+
 def test_a_classifiers_run_ends_with_the_command_that_uses_it(tmp_path, capsys):
     r = new_run(tmp_path, "--T", 4, "--model", "classifier", stop=cli.Stop())
     assert r.conclude(True) == 0
