@@ -14,7 +14,7 @@ import fid
 import metrics
 import sample
 import train
-from experiments import table1
+from experiments import judge, steps, table1
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("", "neighbours", "support", "experiments")
@@ -128,6 +128,8 @@ PARSERS = {
     "sample.py": sample.parse_args,
     "fid.py": fid.parse_args,
     "experiments.table1": table1.parse_args,
+    "experiments.judge": judge.parse_args,
+    "experiments.steps": steps.parse_args,
 }
 
 
@@ -163,7 +165,7 @@ def help_of(main, capsys):
 
 def test_every_flag_and_metric_and_module_exists(capsys):
     known = {"--help", "--nproc_per_node", "--check"}  # torchrun's and ruff's
-    for main in (train.main, sample.main, fid.main, table1.main):
+    for main in (train.main, sample.main, fid.main, table1.main, judge.main, steps.main):
         known |= set(re.findall(r"--[\w-]+", help_of(main, capsys)))
     for page, text in PAGES.items():
         text = re.sub(r"\]\([^)]*\)", "", text)
