@@ -153,8 +153,8 @@ def test_every_row_of_the_papers_tables_is_a_command_line(row):
     flags = re.findall(r"`(--[^`]*)`", row[2])
     s, _ = parse(f"python train.py --data cifar10 --eval-every 20000 {flags[0]}")
     assert s["T"] == 4000
-    for steps in flags[1:]:
-        parse(f"python fid.py RUN/best.pt cifar10 --n 50000 {steps}")
+    for how in flags[1:]:
+        parse(f"python fid.py RUN/best.pt cifar10 --n 50000 {how}")
 
 
 def help_of(main, capsys):
