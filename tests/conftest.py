@@ -4,6 +4,7 @@ The networks are tiny, and two threads that wait by spinning made the suite ten 
 any other busy process.
 """
 
+import functools
 import gc
 import os
 import shutil
@@ -18,6 +19,17 @@ def pytest_collection_finish():
     """What has been imported stays: the collector of garbage need not look through it again."""
     if not gc.get_freeze_count():
         gc.freeze()
+        gc.set_threshold(10_000)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shapes_once():
+    """The 4,096 shapes of a run are drawn once a size, and not for every run."""
+    import data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shapes", functools.cache(data.shapes))
+        yield
 
 
 @pytest.fixture

@@ -21,14 +21,25 @@ SETTINGS = DEFAULTS | {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 2
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small Cas-DM, all of whose weights are random; the average's differ from the trained."""
+    return written(tmp_path_factory.mktemp("casdm") / "checkpoint.pt", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory):
+    """The same of a DDPM, which is read in half the time."""
+    path = tmp_path_factory.mktemp("ddpm") / "checkpoint.pt"
+    return written(path, SETTINGS | {"model": "ddpm"})
+
+
+def written(path, settings):
+    """The path, once a model of the settings is there."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt"
-    model = build_model(SETTINGS)
+    model = build_model(settings)
     for p in model.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ema["theta.out.2.bias"] += 0.3
-    write_checkpoint(path, SETTINGS, step=1, model=model.state_dict(), ema=ema)
+    write_checkpoint(path, settings, step=1, model=model.state_dict(), ema=ema)
     return path
 
 
@@ -283,16 +294,16 @@ def nan_weights(state):
     ],
 )
 def test_a_wrong_checkpoint_is_one_line_and_nothing_is_written(
-    change, says, checkpoint, tmp_path, capsys
+    change, says, ddpm, tmp_path, capsys
 ):
-    torch.save(change(torch.load(checkpoint, weights_only=True)), tmp_path / "wrong.pt")
+    torch.save(change(torch.load(ddpm, weights_only=True)), tmp_path / "wrong.pt")
     assert run(tmp_path / "wrong.pt", "--out", tmp_path / "out.png") == 1
     assert says in error_of(capsys)
     assert file_names(tmp_path) == ["wrong.pt"]
 
 
-def test_a_truncated_checkpoint_is_one_line(checkpoint, tmp_path, capsys):
-    (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:50_000])
+def test_a_truncated_checkpoint_is_one_line(ddpm, tmp_path, capsys):
+    (tmp_path / "half.pt").write_bytes(ddpm.read_bytes()[:50_000])
     assert run(tmp_path / "half.pt", "--out", tmp_path / "out.png") == 1
     assert "half.pt cannot be read as a checkpoint" in error_of(capsys)
 
@@ -330,11 +341,11 @@ def test_no_picture_is_ever_written_for_nan(checkpoint, tmp_path, monkeypatch, c
         ("--save-weights no/such/a.pt", 1, "no/such does not exist; expected the folder"),
     ],
 )
-def test_bad_flags_are_one_line(flags, code, says, checkpoint, tmp_path, monkeypatch, capsys):
+def test_bad_flags_are_one_line(flags, code, says, ddpm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("")
     try:
-        got = run(checkpoint, *flags.split())
+        got = run(ddpm, *flags.split())
     except SystemExit as end:
         got = end.code
     assert got == code and says in error_of(capsys)

@@ -14,6 +14,7 @@ import torch
 import train
 from diffusion import q_sample
 from losses import Batch, objective, training_losses
+from made import random_pixels
 from metrics import METRICS
 from runs import (
     ROOT,
@@ -137,11 +138,11 @@ def test_metrics_never_enter_the_model_or_the_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_evaluations_are_logged_and_the_best_checkpoint_is_kept(images, scored, tmp_path):
     """best.pt is the checkpoint of the least FID; the data's statistics are computed once."""
-    flags = [*SMALL, "--data", images, "--eval-every", 3, "--eval-samples", 8]
-    flags += ["--lr", 0.01, "--iterations", 12]
+    flags = [*SMALL, "--model", "ddpm", "--T", 4, "--data", images, "--lr", 0.01]
+    flags += ["--eval-every", 1, "--eval-samples", 8, "--iterations", 4]
     assert run(*flags, "--out", tmp_path / "run") == 0
     scores = [row for row in read_log(tmp_path / "run") if "loss" not in row]
-    assert [row["step"] for row in scores] == [3, 6, 9, 12]
+    assert [row["step"] for row in scores] == [1, 2, 3, 4]
     assert all({"n", "fid", "sfid", "is"} <= row.keys() for row in scores)
     best = min(scores, key=lambda row: row["fid"])
     assert read_checkpoint(tmp_path / "run/best.pt")["step"] == best["step"]
@@ -152,7 +153,8 @@ def test_evaluations_are_logged_and_the_best_checkpoint_is_kept(images, scored, 
 @pytest.mark.slow
 def test_an_evaluation_that_was_cut_off_is_made_up_for(images, scored, tmp_path, monkeypatch):
     """The run was stopped in its last evaluation: --resume does it, and nothing is left to do."""
-    flags = [*SMALL, "--data", images, "--eval-every", 2, "--eval-samples", 4, "--iterations", 4]
+    flags = [*SMALL, "--model", "ddpm", "--T", 4, "--data", images]
+    flags += ["--eval-every", 2, "--eval-samples", 4, "--iterations", 4]
     assert run(*flags, "--out", tmp_path / "one") == 0
 
     def stops(self, evaluate=Run.evaluate):
@@ -210,20 +212,38 @@ def test_another_run_is_never_written_over(begun_run, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", [5, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(saved, images, tmp_path):
+@pytest.mark.parametrize("saved", [1, 2])
+def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(
+    saved, images, tmp_path, monkeypatch
+):
     """So is a row beyond the checkpoint."""
-    common = [*SMALL, "--data", images]
-    assert run(*common, "--iterations", 20, "--out", tmp_path / "one") == 0
+    monkeypatch.setattr("support.run.LOG_EVERY", 2)
+    common = [*SMALL, "--model", "ddpm", "--data", images]
+    assert run(*common, "--iterations", 4, "--out", tmp_path / "one") == 0
     assert run(*common, "--iterations", saved, "--out", tmp_path / "two") == 0
     with open(tmp_path / "two/log.jsonl", "a") as f:
-        f.write('{"step": 20, "eps": 0.1, "loss": 0.1}\n{"step": 30, "ep')
+        f.write('{"step": 4, "eps": 0.1, "loss": 0.1}\n{"step": 6, "ep')
     go_on = ["--resume", "--out", tmp_path / "two", "--device", "cpu"]
-    assert run(*go_on, "--iterations", 20) == 0
+    assert run(*go_on, "--iterations", 4) == 0
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(flags, folder) of a run with grids and evaluations in which no signal comes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    np.savez(folder / "images.npz", arr_0=random_pixels(10, 16, 16))
+    flags = [*SMALL, "--model", "dual", "--T", 4, "--data", folder / "images.npz"]
+    flags += ["--iterations", 4, "--sample-every", 2, "--eval-every", 2, "--eval-samples", 4]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("fid.InceptionFeatures", Features)
+        m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        m.setattr("support.run.GRID", 4)
+        assert run(*flags, "--out", folder / "run") == 0
+    return flags, folder / "run"
 
 
 @pytest.mark.slow
@@ -243,14 +263,11 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
     ],
 )
 def test_a_signal_inside_any_moment_saves_and_nothing_is_lost(
-    moment, number, once_there_is, images, scored, tmp_path, monkeypatch, capsys
+    moment, number, once_there_is, undisturbed, scored, tmp_path, monkeypatch, capsys
 ):
     """It exits with 130, and going on ends where the undisturbed run does."""
     monkeypatch.setattr("support.run.GRID", 4)
-    flags = [*SMALL, "--data", images, "--iterations", 4, "--sample-every", 2]
-    flags += ["--eval-every", 2, "--eval-samples", 4]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run(*flags, "--out", one) == 0
+    (flags, one), two = undisturbed, tmp_path / "two"
     module, _, name = moment.rpartition(".")
     original = getattr(importlib.import_module(module), name)
     sent = []
@@ -273,13 +290,22 @@ def test_a_signal_inside_any_moment_saves_and_nothing_is_lost(
     assert file_names(one) == file_names(two)
 
 
+@pytest.fixture(scope="module")
+def sixty_steps(tmp_path_factory):
+    """(flags, folder) of a DDPM's run that nothing stops."""
+    folder = tmp_path_factory.mktemp("sixty_steps")
+    np.savez(folder / "images.npz", arr_0=random_pixels(10, 16, 16))
+    flags = [*SMALL, "--model", "ddpm", "--data", folder / "images.npz", "--iterations", 60]
+    assert run(*flags, "--out", folder / "run") == 0
+    return flags, folder / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_says_how_to_go_on_and_exits_130(number, images, tmp_path):
+def test_a_signal_saves_says_how_to_go_on_and_exits_130(number, sixty_steps, tmp_path):
     """And going on by that very command ends bitwise where the undisturbed run does."""
-    flags = [*SMALL, "--data", images, "--iterations", 60, "--save-every", 0]
-    assert run(*flags, "--out", tmp_path / "one") == 0
-    p = started(*flags, "--out", tmp_path / "two", cwd=tmp_path)
+    flags, one = sixty_steps
+    p = started(*flags, "--save-every", 0, "--out", tmp_path / "two", cwd=tmp_path)
     wait_for(tmp_path / "two/log.jsonl", p)
     p.send_signal(number)
     said = p.communicate(timeout=60)[0]
@@ -287,7 +313,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(number, images, tmp_path
     script, *argv = said.split("to go on: python ")[1].split()
     again = [sys.executable, ROOT / script, *argv, "--device", "cpu"]
     subprocess.run(again, cwd=tmp_path, check=True, capture_output=True)
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(one, tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -305,18 +331,17 @@ def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(images, t
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_the_last_checkpoint_and_going_on_loses_nothing(images, tmp_path):
-    flags = [*SMALL, "--data", images, "--iterations", 60, "--save-every", 1]
-    assert run(*flags, "--out", tmp_path / "one") == 0
-    p = started(*flags, "--out", tmp_path / "two")
-    for _ in range(3):
+def test_a_kill_leaves_the_last_checkpoint_and_going_on_loses_nothing(sixty_steps, tmp_path):
+    flags, one = sixty_steps
+    p = started(*flags, "--save-every", 1, "--out", tmp_path / "two")
+    for _ in range(2):
         wait_for(tmp_path / "two/checkpoint.pt")
         time.sleep(1)
         p.kill()
         p.communicate()
         p = started("--resume", "--out", tmp_path / "two", "--device", "cpu")
     assert p.wait(timeout=120) == 0
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(one, tmp_path / "two")
     assert not list((tmp_path / "two").glob(".*partial"))
 
 
@@ -365,8 +390,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_follows_eager_training(images, tmp_path):
-    common = [*SMALL, "--data", images, "--iterations", 10]
+def test_compiled_training_follows_eager_training(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.run.LOG_EVERY", 3)
+    common = [*SMALL, "--model", "dual", "--data", images, "--iterations", 3]
     assert run(*common, "--out", tmp_path / "eager") == 0
     assert run(*common, "--compile", "--out", tmp_path / "compiled") == 0
     [eager], [compiled] = rows(tmp_path / "eager"), rows(tmp_path / "compiled")

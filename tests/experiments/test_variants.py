@@ -206,14 +206,20 @@ def trained_and_sampled(folder, flags, variant=None):
     return state["model"], state["ema"], {"images": torch.from_numpy(np.load(images)["arr_0"])}
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(folder, what came out) of our own choices."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, trained_and_sampled(folder, [])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_a_variant_trains_and_samples_and_something_else_comes_out(name, tmp_path, put_back):
-    flags = []
+def test_a_variant_trains_and_samples_and_something_else_comes_out(name, plain, tmp_path, put_back):
+    (folder, ours), flags = plain, []
     if name == "noise-derived":
-        trained_and_sampled(tmp_path / "judge", [])
-        flags = ["--self-perceptual", f"{tmp_path / 'judge/checkpoint.pt'}=0.1"]
-    ours = trained_and_sampled(tmp_path / "ours", flags)
+        flags = ["--self-perceptual", f"{folder / 'checkpoint.pt'}=0.1"]
+        ours = trained_and_sampled(tmp_path / "ours", flags)
     theirs = trained_and_sampled(tmp_path / "theirs", flags, name)
     same = []
     for a, b in zip(ours, theirs, strict=True):

@@ -12,7 +12,7 @@ import torch
 import train
 from diffusion import q_sample
 from losses import Batch, objective, training_losses
-from runs import ROOT, SMALL, begun, done, new_run, settings, wait_for, workers_of
+from runs import ROOT, SMALL, begun, done, new_run, run, settings, wait_for, workers_of
 from support import parallel
 from support.checkpoint import read_checkpoint
 
@@ -164,6 +164,14 @@ def test_a_signal_to_every_process_saves_and_says_how_to_go_on(
     assert f"stopped at step {step}, which is saved; to go on: {again}" in said
 
 
+def train_with(processes, *flags):
+    """train.py, here where it is alone, and under torchrun where it is not."""
+    if processes == 1:
+        assert run(*flags) == 0
+    else:
+        done("train.py", *flags, processes=processes)
+
+
 @pytest.mark.slow
 def test_two_processes_train_sample_and_score_as_one_does(tmp_path):
     """Losses of ten steps, images and distances.
@@ -175,7 +183,7 @@ def test_two_processes_train_sample_and_score_as_one_does(tmp_path):
     for n in (1, 2):
         folder = tmp_path / str(n)
         flags = [*EIGHT, "--model", "dual", "--metric", "ssim=0.1", "--accumulate", 2]
-        done("train.py", *flags, "--iterations", 10, "--out", folder, processes=n)
+        train_with(n, *flags, "--iterations", 10, "--out", folder)
         row = json.loads((folder / "log.jsonl").read_text())
         losses.append([row[key] for key in ("eps", "x0", "mu", "ssim", "loss")])
 
@@ -210,7 +218,7 @@ def test_two_processes_draw_labels_and_important_t_as_one_does(flags, tmp_path):
     for n in (1, 2):
         folder = tmp_path / str(n)
         small = [*EIGHT, *flags, "--accumulate", 2, "--lr", "1e-6", "--iterations", 20]
-        done("train.py", *small, "--out", folder, processes=n)
+        train_with(n, *small, "--out", folder)
         lines = (folder / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
         state = read_checkpoint(folder / "checkpoint.pt")
