@@ -81,7 +81,9 @@ class Statistics:
                 "the network's features hold NaN or infinity; "
                 "expected finite numbers; check its weights"
             )
-        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
+        if rows.device.type == "mps":  # which has no float64
+            rows = rows.cpu()
+        rows = rows.double()
         self.n += len(rows)
         self.sum += rows.sum(0)
         self.outer += rows.T @ rows
@@ -94,9 +96,8 @@ class Statistics:
                 f"expected at least 2, and {STEADY} for a steady FID; add images"
             )
         mu = self.sum / self.n
-        return mu.cpu().numpy(), (
-            (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
-        ).cpu().numpy()
+        sigma = (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
+        return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
 class Splits:
@@ -170,9 +171,6 @@ def features_of(batches, network, n=None, keep_pool=False):
     return found
 
 
-KEPT = ("mu", "sigma", "mu_s", "sigma_s", "n", "weights", "pool")  # in a file
-
-
 # ---- scores ----
 
 
@@ -180,7 +178,6 @@ def compare(a, b):
     """Every number of SCORES that two Features allow; and n_a, n_b, where they are known.
 
     returns : {name: number}
-
     ValueError where different networks made them.  Warns of numbers that say little.
     """
     check_sides(a, b)
@@ -291,6 +288,8 @@ def check_sides(a, b):
 
 
 # ---- statistics in files ----
+
+KEPT = ("mu", "sigma", "mu_s", "sigma_s", "n", "weights", "pool")
 
 
 def reference(images, network, batch_size=50):
@@ -599,10 +598,7 @@ def convention(features, network):
     )
     made = "features as the files' makers took them"
     if network:
-        made = (
-            "TF1 bilinear resize to 299, (v - 128) / 128; "
-            f"weights {network.name} in {network.precision()}"
-        )
+        made = f"{network.convention}; weights {network.name} in {network.precision()}"
     splits = (
         f"; IS over {math.ceil(features[0].n / SPLIT)} split(s) of {SPLIT}"
         if features[0].score

@@ -53,6 +53,8 @@ class InceptionFeatures(inception.Inception3):
     ValueError, one line, where the file does not fit.
     """
 
+    convention = "TF1 bilinear resize to 299, (v - 128) / 128"  # what is said beside its scores
+
     def __init__(self, weights=None, dims=2048):
         blocks = [
             inception.BasicConv2d,

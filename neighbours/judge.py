@@ -31,6 +31,8 @@ class Judge(nn.Module):
     returns  : Rows of [N, 4 channels]
     """
 
+    convention = "a judge of experiments/judge.py, at the images' own size"
+
     def __init__(self, settings):
         super().__init__()
         self.settings = settings

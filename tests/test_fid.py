@@ -47,6 +47,8 @@ def batches(images, size):
 class Tiny(nn.Module):
     """A network of the same interface with 12, 5 and 7 features, in float64."""
 
+    convention = fid.InceptionFeatures.convention
+
     def __init__(self, weights=None, dims=2048):
         super().__init__()
         self.name = f"{weights or 'inception'}-00000000"
