@@ -110,7 +110,7 @@ class Row(NamedTuple):
     """One line of a table.
 
     In its flags METRIC is LPIPS where VGG's weights are at hand, else SqueezeNet's features;
-    MATCHED is the preset's, and JUDGE the checkpoint of that row.
+    MATCHED is the preset's, and FROZEN the checkpoint of that row.
     """
 
     flags: str = ""
@@ -120,7 +120,7 @@ class Row(NamedTuple):
     steps: tuple = STEPS
 
 
-JUDGE = "DDPM (eps)"  # of the self-perceptual metric
+FROZEN = "DDPM (eps)"  # of the self-perceptual metric
 # What a perfect model would score with as many images: training images that are not in the
 # reference (0 in `paper`, whose reference has them all).
 REAL = "training images"
@@ -147,9 +147,9 @@ ROWS = {
     ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
     ("table 3", "SSIM"): Row("--model casdm --metric ssim=0.1"),
     ("table 3", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
-    ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual JUDGE=0.1"),
+    ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
     ("table 3", "self-perceptual, eps^ derived"): Row(
-        "--model casdm --self-perceptual JUDGE=0.1", "noise-derived"
+        "--model casdm --self-perceptual FROZEN=0.1", "noise-derived"
     ),
     ("table 4", "Fix-Res"): Row(FIXRES),
     ("table 4", "Fix-Res + metric"): Row(f"{FIXRES} --metric METRIC=0.1"),
@@ -296,9 +296,9 @@ class Experiment:
         if "METRIC" in flags:
             size = METRIC_SIZE.get(self.preset.image_size, "")
             flags = f"{flags.replace('METRIC', self.metric)} {size}"
-        if "JUDGE" in flags:
-            judge = os.path.relpath(self.train(JUDGE, seed), ROOT)
-            flags = flags.replace("JUDGE", judge)
+        if "FROZEN" in flags:
+            frozen = os.path.relpath(self.train(FROZEN, seed), ROOT)
+            flags = flags.replace("FROZEN", frozen)
         return flags.split()
 
     def place(self, row, seed):

@@ -54,13 +54,13 @@ class Until(Neighbour):
     def check(self, s):
         if s["metric_until"] == 1:
             return
-        judge = s.get("self_perceptual")
-        if judge and s["model"] == "ddpm":
+        frozen = s.get("self_perceptual")
+        if frozen and s["model"] == "ddpm":
             raise ValueError(
                 "--metric-until: --self-perceptual is a DDPM's whole objective; "
                 "expected a metric beside others; leave one of them out"
             )
-        if not (s["metric"] or judge):
+        if not (s["metric"] or frozen):
             raise ValueError(
                 f"--metric-until {s['metric_until']}: the run has no metric; expected one; "
                 "give --lpips, --metric or --self-perceptual, or leave it out"

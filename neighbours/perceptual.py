@@ -53,8 +53,8 @@ class SelfPerceptual(nn.Module):
         return self.frozen.theta.encode(x, time, y)[0]
 
 
-class Judged(DDPM):
-    """A DDPM of which the frozen model is the only judge."""
+class OnlyPerceptual(DDPM):
+    """A DDPM whose only loss is the distance by the frozen model."""
 
     terms = ()
 
@@ -62,7 +62,7 @@ class Judged(DDPM):
         return {}
 
 
-class JudgedX0(DDPMx0):
+class OnlyPerceptualX0(DDPMx0):
     """The same, where the network says x0'."""
 
     terms = ()
@@ -86,7 +86,7 @@ class OtherT:
 
 class Perceptual(Neighbour):
     settings = {"self_perceptual": {}}
-    judged = {"eps": Judged, "x0": JudgedX0}
+    alone = {"eps": OnlyPerceptual, "x0": OnlyPerceptualX0}
 
     def train_flags(self, flag):
         text = "a frozen model of ours as a metric, or as DDPM's whole objective, and its lambda"
@@ -94,20 +94,20 @@ class Perceptual(Neighbour):
 
     def model(self, s):
         if s["self_perceptual"] and s["model"] == "ddpm":
-            return self.judged.get(s["predict"])
+            return self.alone.get(s["predict"])
 
     def metrics(self, s):
         found = {}
         for path, weight in s["self_perceptual"].items():
-            judge = judge_of(path, s)
-            found["self-perceptual"] = weight, SelfPerceptual(judge, s["model"] == "ddpm")
+            frozen = frozen_model(path, s)
+            found["self-perceptual"] = weight, SelfPerceptual(frozen, s["model"] == "ddpm")
         return found
 
     def draws(self, s):
         return [OtherT(s["T"])] if s["self_perceptual"] else []
 
     def start(self, model, s, metrics):
-        """DDPM's is the second stage of the very model that judges it (SP)."""
+        """DDPM's is the second stage of the very model that is frozen (SP)."""
         if self.model(s):
             start_from(model, metrics["self-perceptual"].frozen)
 
@@ -122,18 +122,18 @@ def checkpoint_and_lambda(text):
     return {str(Path(path).absolute()): cli.real(0, above=True)(weight)}
 
 
-def judge_of(path, s):
+def frozen_model(path, s):
     """The frozen model; ValueError where it does not know this run's noisy images or labels."""
-    judge, _, theirs = load_model(path)
+    frozen, _, theirs = load_model(path)
     check_same_noise(path, theirs, s)
-    foreign = judge.num_classes not in (None, s["num_classes"])
-    knows_null = judge.num_classes and judge.theta.label_embed.num_embeddings > judge.num_classes
-    if foreign or (judge.num_classes and s["label_dropout"] and not knows_null):
+    foreign = frozen.num_classes not in (None, s["num_classes"])
+    knows_null = frozen.num_classes and frozen.theta.label_embed.num_embeddings > frozen.num_classes
+    if foreign or (frozen.num_classes and s["label_dropout"] and not knows_null):
         raise ValueError(
-            f"{path} was trained with {judge.num_classes} classes; expected the labels of this "
+            f"{path} was trained with {frozen.num_classes} classes; expected the labels of this "
             "run; use the same --class-cond and --label-dropout"
         )
-    return judge
+    return frozen
 
 
 def start_from(model, other):

@@ -135,7 +135,7 @@ class Published(Neighbour):
         if s["predict"] != "eps" or (s["model"] == "ddpm" and s.get("self_perceptual")):
             raise ValueError(
                 "--init-eps: published weights predict eps, where --predict x0 does not and "
-                "--self-perceptual starts from its judge; leave one of them out"
+                "--self-perceptual starts from its frozen model; leave one of them out"
             )
 
     def start(self, model, s, metrics):

@@ -72,11 +72,11 @@ def line(row, seed=0, **scores):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """Rows of each kind: a judge, what it judges, sizes, a variant, images, and a longer run."""
+    """Rows of each kind: a frozen model, what it serves, sizes, a variant, images, a longer run."""
     steps = (10, 5)
     rows = {
         ("a", "DDPM (eps)"): Row("--model ddpm", steps=steps),
-        ("b", "self-perceptual"): Row("--model casdm --self-perceptual JUDGE=0.1", steps=steps),
+        ("b", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1", steps=steps),
         ("b", "matched"): Row("--model ddpm MATCHED", steps=steps),
         ("b", "clamp"): Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
         ("b", table1.REAL): Row(steps=()),
@@ -257,7 +257,7 @@ def test_the_papers_scale_is_scored_by_fid_itself(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch):
-    """With the metric named, the sizes matched, and the judge's place filled in."""
+    """With the metric named, the sizes matched, and the frozen model's place filled in."""
     experiment = table1.Experiment(preset, tmp_path)
     judge = tmp_path / "checkpoint.pt"
     monkeypatch.setattr(experiment, "train", lambda row, seed: judge)

@@ -187,7 +187,7 @@ def test_the_metric_of_a_run_sees_the_drawn_images_of_low_t_alone(parts, tmp_pat
 
 def test_a_share_becomes_the_last_step_of_every_metric(watched, monkeypatch, tmp_path):
     """0.29 of 100 is 29, though 0.29 * 100 < 29 in floating point."""
-    monkeypatch.setattr("neighbours.perceptual.judge_of", lambda *_: small(model="ddpm"))
+    monkeypatch.setattr("neighbours.perceptual.frozen_model", lambda *_: small(model="ddpm"))
     flags = ["--metric", "ssim=0.1", "--metric", "haarpsi=0.1", "--self-perceptual", "a.pt=1"]
     s = settings(*flags, "--T", 100, "--metric-until", 0.29)
     _, metrics, _ = load_inputs(s)

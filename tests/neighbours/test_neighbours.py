@@ -19,7 +19,7 @@ import sample
 import train
 from neighbours.classifier_free import classifier_free
 from neighbours.guidance import guided
-from neighbours.perceptual import judge_of
+from neighbours.perceptual import frozen_model
 from neighbours.variance import Ancestral, bits_per_dim
 from support import cli
 from support.checkpoint import read_checkpoint
@@ -189,7 +189,7 @@ def test_a_ddpm_trained_by_it_alone_starts_from_the_frozen_models_weights(
         ("PLAIN", "--model ddpm --predict x0", "it predicts eps"),
     ],
 )
-def test_a_judge_of_other_noise_labels_or_prediction_is_refused(
+def test_a_frozen_model_other_noise_labels_or_prediction_is_refused(
     judge, line, says, checkpoints, tmp_path, capsys
 ):
     argv = [*SMALL, *line.split(), "--self-perceptual", f"{checkpoints[judge]}=1"]
@@ -299,7 +299,7 @@ def test_saved_weights_serve_the_neighbours_like_their_checkpoints(checkpoints, 
     flags = ["--classifier", saved["CLASSIFIER"], "--sampler", "ddpm", "--steps", 2, "--n", 2]
     code, text = sampled(capsys, saved["SIGMA"], *flags, "--out", tmp_path / "images.npz")
     assert code == 0, text
-    judge = judge_of(saved["PLAIN"], read_checkpoint(checkpoints["PLAIN"])["settings"])
+    judge = frozen_model(saved["PLAIN"], read_checkpoint(checkpoints["PLAIN"])["settings"])
     assert not judge.training
 
 

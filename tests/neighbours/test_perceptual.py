@@ -15,7 +15,7 @@ from support.models import build
 
 SMALL = {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 50}
 T_OTHER = torch.tensor([50, 3, 20])
-JUDGED = {"model": "ddpm", "self_perceptual": {"judge.pt": 1.0}}  # a DDPM's whole objective
+ALONE = {"model": "ddpm", "self_perceptual": {"frozen.pt": 1.0}}  # a DDPM's whole objective
 
 
 def small(seed=0, **settings):
@@ -70,12 +70,12 @@ def test_it_is_zero_at_a_perfect_prediction(frozen):
 
 def test_it_is_zero_of_one_models_pair_at_the_same_t(frozen):
     """A model's own x0' and eps' are both x_t at t' = t, up to rounding."""
-    batch, judge = batch_of(frozen), SelfPerceptual(frozen, own_noise=True)
+    batch, metric = batch_of(frozen), SelfPerceptual(frozen, own_noise=True)
     x0_hat = batch.x0 * 0.5
     pred = says(x0_hat, eps_from_x0(batch.x_t, batch.t, x0_hat, frozen.schedule))
-    same = judge(pred, batch._replace(t_other=batch.t))
+    same = metric(pred, batch._replace(t_other=batch.t))
     assert same.max() < 1e-8
-    assert judge(pred, batch).min() > 1e-5
+    assert metric(pred, batch).min() > 1e-5
 
 
 def test_beside_other_losses_it_is_a_metric_on_x0_hat_alone(frozen):
@@ -119,8 +119,8 @@ def normal(seed=0):
 
 def trained_by_it(model, frozen, own_noise=False):
     """The model, with the gradient of the metric alone; and the names of all its losses."""
-    judge = SelfPerceptual(frozen, own_noise)
-    losses = training_losses(model, batch_of(model), {"self-perceptual": judge})
+    metric = SelfPerceptual(frozen, own_noise)
+    losses = training_losses(model, batch_of(model), {"self-perceptual": metric})
     losses["self-perceptual"].mean().backward()
     return list(losses)
 
@@ -142,7 +142,7 @@ def test_in_casdm_it_trains_phi_and_leaves_theta_alone(frozen):
 
 @pytest.mark.parametrize("predict", ["eps", "x0"])
 def test_in_ddpm_it_is_the_whole_objective_and_trains_the_network(predict, frozen):
-    model = small(**JUDGED, predict=predict)
+    model = small(**ALONE, predict=predict)
     assert model.terms == ()
     assert trained_by_it(model, frozen, own_noise=True) == ["self-perceptual"]
     assert model.theta.input_blocks[0][0].weight.grad.any()
@@ -152,19 +152,19 @@ def test_a_ddpms_eps_hat_is_its_own_and_another_models_the_drawn_one(monkeypatch
     """As the flags plug it in."""
     from neighbours import perceptual
 
-    monkeypatch.setattr(perceptual, "judge_of", lambda path, s: small(5, model="ddpm"))
+    monkeypatch.setattr(perceptual, "frozen_model", lambda path, s: small(5, model="ddpm"))
     plugged = perceptual.Perceptual()
     for model, own in (("ddpm", True), ("casdm", False), ("dual", False)):
-        s = {"model": model, "self_perceptual": {"judge.pt": 0.5}}
-        weight, judge = plugged.metrics(s)["self-perceptual"]
-        assert (weight, judge.own_noise) == (0.5, own)
+        s = {"model": model, "self_perceptual": {"frozen.pt": 0.5}}
+        weight, metric = plugged.metrics(s)["self-perceptual"]
+        assert (weight, metric.own_noise) == (0.5, own)
 
 
-def test_theta_of_a_casdm_can_be_the_judge_and_labels_reach_it():
+def test_theta_of_a_casdm_can_be_the_frozen_model_and_labels_reach_it():
     frozen = small(5, model="casdm", num_classes=3)
-    judge = SelfPerceptual(frozen)
+    metric = SelfPerceptual(frozen)
     found = []
     for label in (0, 1):
         batch = batch_of(frozen, torch.full((3,), label))
-        found.append(judge(says(batch.x0 * 0.5, batch.eps), batch))
+        found.append(metric(says(batch.x0 * 0.5, batch.eps), batch))
     assert not torch.equal(*found)

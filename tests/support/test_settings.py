@@ -195,7 +195,7 @@ def test_a_run_begun_with_a_gap_in_its_labels_can_still_go_on():
     assert classes(s | {"num_classes": 3}, gap) == 3
 
 
-def test_a_judge_of_another_image_size_is_refused_where_the_images_bring_theirs(
+def test_a_frozen_model_of_another_image_size_is_refused_where_the_images_bring_theirs(
     images, tmp_path, capsys
 ):
     judge = tmp_path / "judge/checkpoint.pt"
@@ -355,7 +355,7 @@ def test_a_copied_folder_of_images_is_another_place_with_a_note(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_self_perceptual_judge_can_be_moved_but_its_weight_stays(tmp_path, capsys):
+def test_a_self_perceptual_model_can_be_moved_but_its_weight_stays(tmp_path, capsys):
     old, new = tmp_path / "judge/checkpoint.pt", tmp_path / "moved.pt"
     assert run(*SMALL, "--model", "ddpm", "--iterations", 1, "--out", tmp_path / "judge") == 0
     common = [*SMALL, "--self-perceptual", f"{old}=1"]
