@@ -54,13 +54,14 @@ import train
 import unet
 from data import Images, from_pixels
 from refiner import build_model
-from sample import Sampler
+from sample import Sampler, load_model, open_sampler, sampler_defaults
 from support import cli
 from support.draws import batch_indices
 from support.run import LOG_EVERY, Run
 from support.settings import defaults
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared/data/cifar10_train.npz"
+SHAPES = Path(__file__).resolve().parents[1] / "assets/casdm-shapes.pt"
 SIZE = 32
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -374,6 +375,19 @@ def ddim(device, folder):
     return Row(lambda: sampler(0, n), forwards, "<= 1.01")
 
 
+def few_steps(device, folder):
+    """64 images of the default run's weights in its own ten steps; in DDIM's hundred"""
+    model, _, settings = load_model(SHAPES, device)
+
+    def sampler(name, steps):
+        a = sampler_defaults()
+        a.sampler, a.steps = name, steps
+        return open_sampler(a, model, settings)
+
+    ten, hundred = sampler(None, None), sampler("ddim", 100)
+    return Row(lambda: ten(0, 64), lambda: hundred(0, 64), ">= 9 x")
+
+
 def epoch_of_input(device, folder):
     """an epoch of CIFAR-10's size as batches in [-1, 1]; a torchvision DataLoader, 2 workers"""
     n, size = 50_000, 128
@@ -575,6 +589,7 @@ ROWS = {
     "casdm-lpips-bf16": casdm_lpips_bf16,
     "optimiser": optimiser,
     "ddim": ddim,
+    "few-steps": few_steps,
     "input": epoch_of_input,
     "inception": inception_features,
     "inception-bf16": inception_bf16,

@@ -160,6 +160,23 @@ def test_features_of_each_size_are_the_mean_of_pytorch_fids_layer(whole, dims, l
         torch.testing.assert_close(spatial, full.spatial)
 
 
+@pytest.mark.slow
+def test_features_of_each_size_are_pytorch_fids(tmp_path, monkeypatch):
+    """With the golden weights, of an image that is 299 x 299 already."""
+    theirs = pytest.importorskip("pytorch_fid.inception")
+    named = enumerate(sorted(shapes().items()))
+    state = {name: golden(k, name, shape).float() for k, (name, shape) in named}
+    torch.save(state, tmp_path / "golden.pth")
+    with_bias = state | {"fc.bias": torch.zeros(1008)}
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: with_bias)
+    network = theirs.InceptionV3([0, 1, 2, 3], resize_input=False, normalize_input=False).eval()
+    [images] = batches(random_pixels(1, 299, 299), 1)
+    layers = network((images - 128.0) / 128)
+    for dims, layer in zip((64, 192, 768, 2048), layers, strict=True):
+        pool = InceptionFeatures(tmp_path / "golden.pth", dims)(images).pool
+        torch.testing.assert_close(pool, layer.mean((2, 3)), rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def whole():
     """The whole network, with random weights."""
