@@ -167,7 +167,13 @@ def features_of(batches, network, n=None, keep_pool=False):
     if logits is not None:
         found = found._replace(score=splits.score())
     if keep_pool:
-        found = found._replace(pool=kept[: pool_sums.n])
+        kept = kept[: pool_sums.n]
+        if not kept.isfinite().all():
+            raise ValueError(
+                "a feature is beyond 65504, float16's greatest; expected smaller ones; "
+                "check the network's weights"
+            )
+        found = found._replace(pool=kept)
     return found
 
 
@@ -248,23 +254,33 @@ def distance_name(a, b):
 
 def judge_name(a, b):
     """_judge or the like, where another network than Inception made the features."""
-    weights = a.weights or b.weights
-    kind = weights.rpartition("-")[0] if weights else "inception"
+    kind = kind_of_weights(a, b)
     return "" if kind == "inception" else f"_{kind}"
 
 
 def random_weights(a, b):
     """Whether the network that made the features knows nothing of images."""
-    return "random" in f"{a.weights} {b.weights}"
+    return kind_of_weights(a, b) == "random"
+
+
+def kind_of_weights(a, b):
+    """KIND of the name KIND-HASH that the weights have; where no side knows it, Inception's."""
+    weights = a.weights or b.weights or "inception-"
+    return weights.rpartition("-")[0]
+
+
+def check_weights(one, other):
+    """ValueError where two names of weights, as far as they are known, are not the same."""
+    if one and other and one != other:
+        raise ValueError(
+            f"statistics of the weights {one} and of {other}; expected the same; "
+            "make both with the same --weights, --dims or --judge"
+        )
 
 
 def check_sides(a, b):
     """ValueError where different networks made the two; warns below 2,048 images, and the like."""
-    if a.weights and b.weights and a.weights != b.weights:
-        raise ValueError(
-            f"statistics of the weights {a.weights} and of {b.weights}; "
-            "expected the same; make both with the same --weights"
-        )
+    check_weights(a.weights, b.weights)
     for n in {a.n, b.n} - {None}:
         if n < STEADY:
             warnings.warn(
@@ -357,10 +373,11 @@ def load_statistics(path):
 
 def rows_of(pool, features, path):
     """The rows of pool in a statistics .npz, as a tensor; ValueError where they are not its own."""
-    if pool.dtype != np.float16 or pool.shape != (features.n, len(features.mu)):
+    fits = pool.dtype == np.float16 and pool.shape == (features.n, len(features.mu))
+    if not fits or not np.isfinite(pool).all():
         raise ValueError(
             f"{path}: pool is {pool.dtype} {list(pool.shape)}; "
-            f"expected float16 [{features.n}, {len(features.mu)}]; make it again with --save-stats"
+            f"expected finite float16 [{features.n}, {len(features.mu)}]; make it again"
         )
     return torch.from_numpy(pool)
 
@@ -499,36 +516,41 @@ def main(argv=None):
         note = sys.stderr
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
     with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
-    without_rows = [side for side in sides if isinstance(side, Features) and side.pool is None]
+    in_files = [side for side in sides if isinstance(side, Features)]
+    without_rows = [side for side in in_files if side.pool is None]
     if a.precision_recall and without_rows:
         raise ValueError(
             "--precision-recall, and A or B holds statistics alone; "
             "expected images, or statistics with rows, on both sides; leave it out"
         )
     network = feature_network(a).to(device) if with_images else None
-    keep_pool = False
-    if not without_rows and a.weights != "random":
-        counts = [side.n if isinstance(side, Features) else side[1] for side in sides]
-        keep_pool = _affordable(counts, a.precision_recall)
+    for side in in_files:
+        if network:
+            check_weights(side.weights, network.name)  # before hours of sampling
+    counts = [side.n if isinstance(side, Features) else side[1] for side in sides]
+    paired = len(sides) == 2 and not without_rows and a.weights != "random"
+    if paired:
+        dims = network.dims if network else len(in_files[0].mu)
+        paired = _affordable(*counts, dims, a.precision_recall)
+    saved = a.save_stats is not None and a.weights != "random" and (counts[0] or 0) <= PAIRED
     if with_images and a.precision == "bf16":
         exact, network = network, copy.deepcopy(network).bfloat16()
         head, sides[with_images[0]] = _head(*sides[with_images[0]], device)
     features = list(sides)
     for i in with_images:
         batches, n = sides[i]
-        features[i] = features_of(batches, network, n, keep_pool)
+        features[i] = features_of(batches, network, n, paired or (saved and i == 0))
     if a.save_stats:
         save_statistics(a.save_stats, features[0])
         print(f"statistics of {a.A} written to {a.save_stats.absolute()}", file=note)
+    if not paired:
+        features = [side._replace(pool=None) for side in features]
     result = compare(*features) if a.B else None
     if result and a.json:
         print(json.dumps(result | {"weights": features[0].weights or features[1].weights}))
     elif result:
-        print(
-            "  ".join(
-                f"{key} {value:.6g}" for key, value in result.items() if isinstance(value, float)
-            )
-        )
+        numbers = [f"{key} {v:.6g}" for key, v in result.items() if isinstance(v, float)]
+        print("  ".join(numbers))
     print(convention(features, network), file=note)
     if with_images and a.precision == "bf16":
         other = features[1 - with_images[0]] if a.B else None
@@ -544,16 +566,12 @@ def feature_network(a):
     return InceptionFeatures(a.weights, a.dims)
 
 
-def _affordable(counts, asked):
-    # whether the rows of so many images are kept, and KID, precision and recall computed; what
-    # they cost is said where it is much
-    if max(counts) <= PAIRED:
+def _affordable(n_a, n_b, dims, asked):
+    # whether KID, precision and recall are computed; what they cost is said where it is much
+    if max(n_a, n_b) <= PAIRED:
         return True
-    if len(counts) == 1:
-        return False
-    n_a, n_b = counts
-    gigabytes = 2 * POOL * (n_a + n_b) / 1e9  # float16
-    operations = 2 * POOL * (n_a**2 + n_a * n_b + n_b**2) / 1e12
+    gigabytes = 2 * dims * (n_a + n_b) / 1e9  # float16
+    operations = 2 * dims * (n_a**2 + n_a * n_b + n_b**2) / 1e12
     cost = (
         f"note: KID, precision and recall of {n_a:,} and {n_b:,} images take {gigabytes:,.1f} GB "
         f"and {operations:,.0f} trillion operations"

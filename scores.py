@@ -2,9 +2,11 @@ r"""The scores: each is a function of the features of two sets of images.
 
 FID, sFID   `frechet_distance` of two Gaussians      (TTUR)
 IS          `inception_score` of logits              (IS)
-precision   `precision_recall`, and recall           (PR)
+KID         `kernel_distance` of two sets of rows    (KID)
+precision   `precision_recall` of them, and recall   (PR)
 
-TTUR   arXiv:1706.08500      IS   arXiv:1606.03498      PR   arXiv:1904.06991
+TTUR   arXiv:1706.08500      IS   arXiv:1606.03498
+KID    arXiv:1801.01401      PR   arXiv:1904.06991
 """
 
 import math
@@ -104,12 +106,13 @@ def kernel_distance(a, b, subsets=100, size=1000):
     """KID: the squared maximum mean discrepancy of k(x, y) = (x . y / D + 1)^3, unbiased (KID)
 
     a, b    : [N, D], [M, D] of any float type, N, M >= 4
-    returns : its mean over subsets of each side, and its standard deviation over them, which is the
-              standard error where a side has twice `size` rows, and more than it beyond
+    returns : its mean over subsets of each side, and its standard deviation over them.  With twice
+              `size` rows a side that is near the mean's standard error where the sides differ,
+              and more than it where they are alike; with more rows it is larger still.
 
     Its expectation does not depend on N and M.  It may be negative where a and b are alike.
-    CHOICE: the subsets are torch-fidelity's, random rows from its seed; where a side is small they
-    are halves of it, whose deviation is the standard error of the whole.
+    CHOICE: the subsets are torch-fidelity's, random rows from its seed; of a small side they are
+    halves.
     """
     size = min(size, len(a) // 2, len(b) // 2)
     if size < 2:
@@ -127,16 +130,17 @@ def kernel_distance(a, b, subsets=100, size=1000):
 
 def _discrepancy(x, y):
     # mean k(x, x') + mean k(y, y') - 2 mean k(x, y), where x' and y' are other rows than x and y
+    n = len(x)
+    of_x, of_y, of_both = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+    pairs_x = of_x.sum() - of_x.trace()
+    pairs_y = of_y.sum() - of_y.trace()
+    return ((pairs_x + pairs_y) / (n * (n - 1)) - 2 * of_both.sum() / n**2).item()
+
+
+def _kernel(x, y):
+    # k of every row of x and every row of y, in float64 on the CPU: MPS has none
     exact = torch.promote_types(x.dtype, torch.float32)
-    x, y = x.to(exact), y.to(exact)
-    n, d = x.shape
-
-    def sums(x, y):
-        kernel = (x @ y.T / d + 1) ** 3
-        return kernel.sum(dtype=torch.float64).item(), kernel.diagonal().double().sum().item()
-
-    (xx, own_x), (yy, own_y), (xy, _) = sums(x, x), sums(y, y), sums(x, y)
-    return (xx - own_x + yy - own_y) / (n * (n - 1)) - 2 * xy / n**2
+    return (x.to(exact) @ y.to(exact).T / x.shape[1] + 1).cpu().double() ** 3
 
 
 def precision_recall(a, b, k=3):

@@ -27,7 +27,9 @@ from support import cli
 from support.draws import batch_indices, stream
 
 TASKS = ("classes", "rotations")
+DEFAULTS = {"image_size": None, "task": "classes", "iterations": 4000, "channels": 32, "seed": 0}
 HELD_OUT = 0.1  # of the images
+LEAST = 200  # images, so that the check's sides are not empty
 REFERENCE = 12_000  # images that it was trained on, of which the check makes its two sides
 BATCH, LR, WEIGHT_DECAY = 128, 0.1, 5e-4
 SHIFT = 2  # pixels an image is moved by at most, in training
@@ -139,7 +141,10 @@ def check(judge, held_out, labels, trained):
 
     held_out, labels : images that it has not seen        trained : some that it has
     """
+    of_some = held_out[labels < (labels.max() + 1) // 2]
     n = len(held_out) // 2
+    if labels.any():
+        n = min(n, len(of_some))
     plain = held_out[:n]
     reference = features(judge, trained[n:])
     print(f"{n:,} images a row, against {len(trained) - n:,} that it was trained on\n")
@@ -158,7 +163,6 @@ def check(judge, held_out, labels, trained):
         for amount in amounts:
             row(f"held out, {name.format(amount)}", spoil(plain, amount))
     if labels.any():
-        of_some = held_out[labels < (labels.max() + 1) // 2]
         row("held out, of half the classes", of_some[:n])
 
 
@@ -173,48 +177,65 @@ def main(argv=None):
     """Trains the judge unless its file is there, and checks it."""
     a = parse_args(argv)
     judge = load_judge(a.out) if a.out.exists() else None
-    images = load_images(a.data, judge.settings["image_size"] if judge else a.image_size)
+    settings = DEFAULTS | a.typed
+    if judge:
+        settings = judge.settings
+        refuse_others(a.typed, settings, a.out)
+    task, seed = settings["task"], settings["seed"]
+    images = load_images(a.data, settings["image_size"])
     pixels, labels = np.asarray(images.pixels), images.labels
-    if labels is None and a.task == "classes":
+    if labels is None and task == "classes":
         raise ValueError(
             f"{images.name} has no labels; expected one for every image; use --task rotations"
         )
+    if len(pixels) < LEAST:
+        raise ValueError(
+            f"{images.name} holds {len(pixels)} images; expected at least {LEAST}; use more"
+        )
     if labels is None:
         labels = np.zeros(len(pixels), np.int64)
-    order = stream(a.seed, "held out", 0).permutation(len(pixels))
+    order = stream(seed, "held out", 0).permutation(len(pixels))
     held_out, trained = np.split(order, [round(HELD_OUT * len(order))])
     if judge is None:
-        settings = {
-            "data": images.name,
-            "image_size": pixels.shape[1],
-            "task": a.task,
-            "classes": int(labels.max()) + 1 if a.task == "classes" else 4,
-            "channels": a.channels,
-            "iterations": a.iterations,
-            "seed": a.seed,
-        }
-        torch.manual_seed(a.seed)
+        settings["data"], settings["image_size"] = images.name, pixels.shape[1]
+        settings["classes"] = int(labels.max()) + 1 if task == "classes" else 4
+        torch.manual_seed(seed)
         judge = Judge(settings)
-        train(judge, pixels[trained], labels[trained], a.iterations, a.seed)
-        right = accuracy(judge, pixels[held_out], labels[held_out], a.seed)
+        train(judge, pixels[trained], labels[trained], settings["iterations"], seed)
+        right = accuracy(judge, pixels[held_out], labels[held_out], seed)
         a.out.parent.mkdir(parents=True, exist_ok=True)
         save_judge(a.out, judge, right)
         print(f"{100 * right:.1f} % of {len(held_out):,} held-out images right; {a.out} written")
-    check(judge, pixels[held_out], labels[held_out], pixels[trained[:REFERENCE]])
+    check(load_judge(a.out), pixels[held_out], labels[held_out], pixels[trained[:REFERENCE]])
+
+
+def refuse_others(typed, settings, path):
+    """ValueError where a flag asks for another judge than the one at `path`."""
+    for key, value in typed.items():
+        if settings[key] != value:
+            raise ValueError(
+                f"--{key.replace('_', '-')} {value}: the judge at {path} has {settings[key]}; "
+                "expected the same; leave it out, or name another file by --out"
+            )
 
 
 def parse_args(argv):
+    """The arguments; `typed` holds those of DEFAULTS that were given."""
     p = cli.Parser(__doc__)
     p.add_argument("--data", default="cifar10", help="the images, as train.py takes them")
     p.add_argument("--image-size", type=cli.whole(8), help="(default: the images' own)")
-    p.add_argument("--task", choices=TASKS, default="classes", help="what it learns")
-    p.add_argument("--iterations", type=cli.whole(1), default=4000, help=f"of {BATCH} images")
-    text = "of the first blocks; with fewer than 8 torch 2.14 may abort on a CPU"
-    p.add_argument("--channels", type=cli.whole(8), default=32, help=text)
-    p.add_argument("--seed", type=cli.whole(0), default=0)
+    p.add_argument("--task", choices=TASKS, help="what it learns (default: classes)")
+    text = f"of {BATCH} images (default: {DEFAULTS['iterations']})"
+    p.add_argument("--iterations", type=cli.whole(1), help=text)
+    # with fewer than 8 channels torch 2.14 may abort on a CPU
+    text = f"of the first blocks (default: {DEFAULTS['channels']})"
+    p.add_argument("--channels", type=cli.whole(8), help=text)
+    p.add_argument("--seed", type=cli.whole(0), help="(default: 0)")
     p.add_argument("--out", type=Path, metavar="FILE.pt", help="(default: runs/judge-DATA-TASK.pt)")
     a = p.parse_args(argv)
-    a.out = a.out or Path("runs") / f"judge-{Path(a.data).stem}-{a.task}.pt"
+    a.typed = {key: getattr(a, key) for key in DEFAULTS if getattr(a, key) is not None}
+    task = a.task or DEFAULTS["task"]
+    a.out = a.out or Path("runs") / f"judge-{Path(a.data).stem}-{task}.pt"
     return a
 
 

@@ -97,22 +97,39 @@ def take_scores(checkpoint, a):
     """A line of a.results for each way and number of steps of one checkpoint."""
     model, _, settings = load_model(checkpoint)
     network = load_judge(a.judge) if a.judge else Pixels()
-    name = checkpoint.absolute().parent.name
+    name = name_of(checkpoint)
     kind = {"model": name, "network": network.name, "n": a.n}
-    wanted = []
+    wanted, found = [], lines(a)
     for way, how in WAYS.items():
         for steps in STEPS:
             key = kind | {"way": way, "steps": steps}
-            if steps <= how.most and not any(key.items() <= line.items() for line in lines(a)):
+            if steps <= how.most and not taken(key, found):
                 wanted.append(key)
     if not wanted:
         return
     images = load_images(a.data, settings["image_size"]).pixels
+    if len(images) < a.n + 2:
+        raise ValueError(
+            f"--n {a.n} of {len(images)} images; expected fewer, so that some are left to "
+            "compare with; use a smaller one"
+        )
     scorer = Scorer(network, images, a.n)
     for key in tqdm(wanted, desc=name, unit="score", file=sys.stderr):
         distance = scorer.distance(draw(model, settings, key["way"], key["steps"], a.n))
         with open(a.results, "a") as f:
             f.write(json.dumps(key | {"distance": distance, "images": scorer.perfect}) + "\n")
+
+
+def name_of(checkpoint):
+    """A run's folder, or the name of a file of weights."""
+    if checkpoint.name == "checkpoint.pt":
+        return checkpoint.absolute().parent.name
+    return checkpoint.stem
+
+
+def taken(key, found):
+    """Whether one of the lines is the score of that key."""
+    return any(key.items() <= line.items() for line in found)
 
 
 def lines(a):

@@ -212,6 +212,7 @@ class Experiment:
         self.metric = "lpips" if list(vgg) else "squeezenet"
         self.rows = {row: how for (_, row), how in ROWS.items()}
         self.programs = Programs(jobs, self.folder / "output.log")
+        self.labelled = True  # whether a judge of classes can be trained; `images` finds out
         # a checkpoint, and the statistics, are made once
         self.locks = collections.defaultdict(threading.Lock)
 
@@ -321,7 +322,8 @@ class Experiment:
 
     def networks(self):
         """The names of what a sample is scored by."""
-        return ["inception", *(f"judge-{task}" for task in JUDGES)]
+        tasks = [task for task in JUDGES if task != "classes" or self.labelled]
+        return ["inception", *(f"judge-{task}" for task in tasks)]
 
     def network_flags(self, name):
         """What tells fid.py which network."""
@@ -369,7 +371,9 @@ class Experiment:
 
     def images(self):
         """The training images, from where the scripts look for them."""
-        return data.load_images(self.source, self.preset.image_size, ROOT / "data").pixels
+        images = data.load_images(self.source, self.preset.image_size, ROOT / "data")
+        self.labelled = images.labels is not None
+        return images.pixels
 
     def lines(self):
         """The finished runs."""
@@ -635,14 +639,15 @@ def run_all(experiment, wanted):
     experiment.folder.mkdir(parents=True, exist_ok=True)
     experiment.images()  # fetched and prepared once, not by every run at a time
     with ThreadPoolExecutor(experiment.programs.jobs) as pool:
-        # the statistics come first: weights that do not fit are found out now
-        reference = pool.submit(experiment.statistics, "inception")
+        # the statistics come first: what a score lacks is found out now
+        networks = experiment.networks()
+        references = [pool.submit(experiment.statistics, name) for name in networks]
         runs = [pool.submit(experiment.run, row, seed) for row, seed in wanted]
         try:
             with tqdm(total=len(runs), desc="table", unit="run", file=sys.stderr) as bar:
-                for done in as_completed([reference, *runs]):
+                for done in as_completed([*references, *runs]):
                     done.result()
-                    bar.update(done is not reference)
+                    bar.update(done in runs)
         finally:
             for run in runs:
                 run.cancel()

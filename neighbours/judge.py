@@ -1,7 +1,7 @@
 r"""A judge: a small network of one data set, whose features are compared instead of Inception's.
 
-    python -m experiments.judge --data cifar10              trains one, and checks how it orders
-    python fid.py A B --judge runs/judge-cifar10.pt         fd_judge, kid_judge
+    python -m experiments.judge --data cifar10                   trains one, and checks it
+    python fid.py A B --judge runs/judge-cifar10-classes.pt      fd_judge, kid_judge
 
     ResNet   arXiv:1603.05027   Identity Mappings in Deep Residual Networks
     FD       arXiv:1706.08500   the distance, of other features here
@@ -24,7 +24,9 @@ KIND = "cas-dm judge"
 
 
 class Judge(nn.Module):
-    """Residual blocks at 16 x 16, 8 x 8 and 4 x 4; the mean of the last is what it knows.
+    """Residual blocks that halve the image twice, from 16 x 16 or near it.
+
+    The mean over the last one's positions is what it knows of an image.
 
     settings : image_size, classes, channels; and task, which is part of its name
     images   : [N, 3, S, S] uint8 0..255, S = image_size
@@ -35,7 +37,7 @@ class Judge(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
-        self.settings = settings
+        self.settings, self.dims = settings, 4 * settings["channels"]
         c, stride = settings["channels"], max(1, settings["image_size"] // 16)
         self.stem = nn.Conv2d(3, c, 2 * stride + 1, stride, stride, bias=False)
         self.blocks = nn.Sequential(Block(c, c, 1), Block(c, 2 * c, 2), Block(2 * c, 4 * c, 2))
@@ -63,15 +65,6 @@ class Judge(nn.Module):
         weight = self.head.weight
         x = images.to(weight.device, torch.float32) / 127.5 - 1
         return Rows(self.features(x.to(weight.dtype)).float())
-
-    @property
-    def name(self):
-        """KIND-HASH, as fid.py's names of weights are."""
-        numbers = hashlib.sha256()
-        for tensor in self.state_dict().values():
-            numbers.update(tensor.float().cpu().numpy().tobytes())
-        kind = "judge" if self.settings["task"] == "classes" else f"judge_{self.settings['task']}"
-        return f"{kind}-{numbers.hexdigest()[:8]}"
 
     def precision(self):
         """The dtype that it computes in, by name."""
@@ -110,16 +103,38 @@ def save_judge(path, judge, accuracy):
 
 
 def load_judge(path):
-    """The Judge of a file, in eval mode; ValueError, one line, for any other file."""
+    """The Judge of a file, named KIND-HASH, in eval mode; ValueError, one line, for other files."""
     state = read_tensors(path, "judge")
     if not isinstance(state, dict) or state.get("kind") != KIND:
         raise ValueError(
             f"{path} holds no judge; expected what `python -m experiments.judge` wrote; "
             "check the path"
         )
-    judge = Judge(state["settings"])
-    judge.load_state_dict(state["weights"])
+    try:
+        judge = Judge(state["settings"])
+        judge.load_state_dict(state["weights"])
+        finite = all(p.isfinite().all() for p in judge.parameters())
+    except Exception as e:  # settings or tensors of any wrong kind: it is ours only by its label
+        finite, reason = False, " ".join(str(e).split())[:160]
+    else:
+        reason = "weights that are not finite"
+    if not finite:
+        raise ValueError(
+            f"{path} does not fit its settings ({reason}); expected what "
+            "`python -m experiments.judge` wrote; train it again"
+        )
+    judge.name = name_of(judge)
     return judge.eval().requires_grad_(False)
+
+
+def name_of(judge):
+    """judge-HASH of the weights; of other tasks than the classes judge_TASK-HASH."""
+    numbers = hashlib.sha256()
+    for tensor in judge.state_dict().values():
+        numbers.update(tensor.float().cpu().numpy().tobytes())
+    task = judge.settings["task"]
+    kind = "judge" if task == "classes" else f"judge_{task}"
+    return f"{kind}-{numbers.hexdigest()[:8]}"
 
 
 class Judges(Neighbour):

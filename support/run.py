@@ -303,7 +303,7 @@ class Run:
     def introduce(self):
         """The first lines: every setting, the sizes, and where the run is written."""
         s = self.settings
-        shown = [f"{key} {v}" for key, v in s.items() if v not in (None, {}, False)]
+        shown = [f"{key} {v}" for key, v in s.items() if v not in (None, {}, [], False)]
         print(", ".join(shown))
         print(
             f"{sum(p.numel() for p in self.weights):,} parameters on {self.device}; "
@@ -329,7 +329,7 @@ class Run:
             return 130
         names = ", ".join(sorted(path.name for path in self.folder.iterdir()))
         print(f"{self.step} steps done; {self.folder} holds {names}\nnext:")
-        checkpoint = place / "checkpoint.pt"
+        checkpoint = shlex.quote(str(place / "checkpoint.pt"))
         if self.raw_model.makes_images:
             print(f"  python sample.py {checkpoint} --n 64 --out samples.png")
             print(f"  python sample.py {checkpoint} --trace trace.png")

@@ -152,7 +152,7 @@ def parse_args(doc, argv):
     flag("sample-every", "steps between grids of samples; 0: never", type=whole(0))
     flag("save-every", "steps between checkpoints; 0: only the last", type=whole(0))
     flag("eval-every", "steps between evaluations (FID, sFID, IS); 0: never", type=whole(0))
-    text = "evaluations at these steps alone, or beside those of --eval-every"
+    text = "steps at which to evaluate, beside those of --eval-every; 0: none"
     flag("eval-at", text, type=parse_steps, metavar="A,B,...")
     text = "how grids and evaluations are sampled; on shapes dpm++"
     flag("sampler", text, choices=samplers())
@@ -238,7 +238,7 @@ def check(s, typed):
             "a metric compares clean images, and neither DDPM's eps mode nor a classifier "
             "learns any; use --predict x0, --model dual or --model casdm"
         )
-    late = [step for step in s["eval_at"] if step > s["iterations"]]
+    late = [step for step in typed.get("eval_at", []) if step > s["iterations"]]
     if late:
         raise ValueError(
             f"--eval-at {late[0]}; expected at most the {s['iterations']} of --iterations; "
@@ -262,8 +262,9 @@ def parse_metric(text):
 
 
 def parse_steps(text):
-    """An argparse type: 20000,40000 -> [20000, 40000]"""
-    return sorted({cli.whole(1)(step) for step in text.split(",")})
+    """An argparse type: 20000,40000 -> [20000, 40000]; 0 -> []"""
+    steps = {cli.whole(0)(step) for step in text.split(",")}
+    return sorted(steps - {0})
 
 
 # ---- a run to go on with ----

@@ -51,7 +51,7 @@ class Tiny(nn.Module):
 
     def __init__(self, weights=None, dims=2048):
         super().__init__()
-        self.name = f"{weights or 'inception'}-00000000"
+        self.name, self.dims = f"{weights or 'inception'}-00000000", 12
         self.fc = nn.Linear(1, 1)
 
     def forward(self, images):
@@ -352,10 +352,11 @@ def test_rows_that_are_not_the_statistics_own_are_refused(files, tiny, capsys):
     """Rows of fewer images than n, or of another type, would give another KID."""
     assert run(files / "images.npz", "--save-stats", files / "s.npz") == 0
     held = dict(np.load(files / "s.npz"))
-    for spoiled in (held["pool"][:-1], held["pool"].astype(np.float32)):
+    pool = held["pool"]
+    for spoiled in (pool[:-1], pool.astype(np.float32), np.full_like(pool, np.nan)):
         np.savez(files / "spoiled.npz", **held | {"pool": spoiled})
         code, line = failing(capsys, files / "spoiled.npz", files / "s.npz")
-        assert code == 1 and "expected float16 [12, 12]" in line
+        assert code == 1 and "expected finite float16 [12, 12]" in line
 
 
 @few
@@ -367,6 +368,38 @@ def test_counts_and_conventions_stand_beside_the_numbers(files, tiny, capsys):
     assert "TF1 bilinear resize to 299, (v - 128) / 128" in out
     for words in ("weights inception-00000000 in float32", "/ (n - 1)", "1 split(s) of 5000"):
         assert words in out
+
+
+@pytest.mark.parametrize("dims, name", [(64, "fid_64"), (192, "fid_192"), (768, "fid_768")])
+def test_the_distance_of_an_earlier_layer_is_never_called_fid(dims, name):
+    """Nor is that of another maker's statistics, whose weights have no name."""
+    rows = torch.from_numpy(normal(3000, dims))
+    sums = fid.Statistics()
+    sums.add(rows)
+    for weights in ("inception-0", None):
+        side = fid.Features(*sums.gaussian(), n=3000, weights=weights)
+        assert list(fid.compare(side, side)) == [name, "n_a", "n_b"]
+
+
+@few
+def test_rows_of_a_are_saved_whatever_b_is(files, tiny, monkeypatch):
+    """B has statistics alone, or too many images for KID."""
+    monkeypatch.setattr(fid, "PAIRED", 12)
+    for b in ("stats.npz", "folder"):
+        saved = files / "s.npz"
+        np.savez(files / "many.npz", arr_0=pixels(13))
+        other = files / "many.npz" if b == "folder" else files / b
+        assert run(files / "images.npz", other, "--save-stats", saved) == 0
+        assert np.load(saved)["pool"].shape == (12, 12)
+
+
+@few
+def test_other_weights_are_refused_before_anything_is_scored(files, tiny, monkeypatch, capsys):
+    """A's images may take hours to sample."""
+    assert run(files / "images.npz", "--save-stats", files / "s.npz") == 0
+    monkeypatch.setattr(fid, "features_of", None)
+    code, line = failing(capsys, files / "images.npz", files / "s.npz", "--weights", "other")
+    assert code == 1 and "make both with the same --weights, --dims or --judge" in line
 
 
 def test_few_images_are_warned_of_and_many_are_not():
@@ -437,8 +470,8 @@ def test_the_cost_of_precision_and_recall_is_named_before_it_is_paid(
 
 def test_the_cost_of_precision_and_recall_is_that_of_all_pairs(capsys):
     """10,000 images against ImageNet: float16 rows of 2048, and 2 x 2048 operations a distance."""
-    assert fid._affordable([50_000, 50_000], False) and not capsys.readouterr().err
-    assert not fid._affordable([10_000, 1_281_167], False)
+    assert fid._affordable(50_000, 50_000, 2048, False) and not capsys.readouterr().err
+    assert not fid._affordable(10_000, 1_281_167, 2048, False)
     assert "take 5.3 GB and 6,776 trillion operations" in capsys.readouterr().err
 
 
@@ -549,7 +582,7 @@ def test_whole_path_runs_offline_as_a_script(files):
     command = [sys.executable, ROOT / "fid.py", *sides, *flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    keys = {"random_feature_distance", "random_spatial_distance", "n_a", "n_b"}
+    keys = {"random_feature_distance", "random_spatial_distance", "n_a", "n_b", "weights"}
     assert set(json.loads(ended.stdout)) == keys
     assert "warning: the weights are random" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -11,6 +11,7 @@ from experiments import steps
 from made import random_pixels
 from neighbours.judge import Judge, save_judge
 from refiner import DEFAULTS, build_model
+from scores import frechet_distance
 from support import cli
 from support.checkpoint import write_checkpoint
 
@@ -64,7 +65,14 @@ def test_the_score_is_the_distance_of_the_pixels():
     np.testing.assert_allclose(found.mu, rows.mean(0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.sigma, np.cov(rows, rowvar=False), rtol=1e-5, atol=1e-6)
     assert scorer.reference.n == 40
-    assert scorer.distance(samples) > scorer.perfect > 0
+    want = frechet_distance(found.mu, found.sigma, scorer.reference.mu, scorer.reference.sigma)
+    assert scorer.distance(samples) == want > scorer.perfect > 0
+
+
+def test_more_samples_than_images_are_refused(checkpoint, tmp_path, capsys):
+    argv = ["--n", "4095", "--results", str(tmp_path / "steps.jsonl")]
+    assert cli.run(steps.main, [str(checkpoint), *argv]) == 1
+    assert "--n 4095 of 4096 images; expected fewer" in capsys.readouterr().err
 
 
 def test_without_lines_and_checkpoints_there_is_one_line(tmp_path, capsys):

@@ -36,6 +36,8 @@ def test_a_judge_learns_and_is_checked(task, chance, skies, tmp_path, monkeypatc
     judge.main(argv)
     again = capsys.readouterr().out
     assert again in said and "written" not in again
+    with pytest.raises(ValueError, match=r"--seed 5: the judge at .* has 0; expected the same"):
+        judge.main([*argv, "--seed", "5"])
 
 
 def test_turned_images_are_turned_by_right_angles():
@@ -53,10 +55,10 @@ def test_held_out_images_are_never_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "train", lambda net, pixels, *_: seen.update(trained=pixels))
     monkeypatch.setattr(judge, "accuracy", lambda net, pixels, *_: seen.update(rest=pixels) or 0)
     monkeypatch.setattr(judge, "check", lambda *_: None)
-    images = random_pixels(50, 16, 16)
-    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.arange(50) % 2)
+    images = random_pixels(200, 16, 16)
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.arange(200) % 2)
     judge.main(["--data", str(tmp_path / "images.npz"), "--out", str(tmp_path / "j.pt")])
-    assert (len(seen["trained"]), len(seen["rest"])) == (45, 5)
+    assert (len(seen["trained"]), len(seen["rest"])) == (180, 20)
     both = np.concatenate([seen["trained"], seen["rest"]])
     assert {image.tobytes() for image in both} == {image.tobytes() for image in images}
 
@@ -72,6 +74,14 @@ def test_images_are_spoiled_more_from_left_to_right(name):
         assert changed.shape == pixels.shape and changed.dtype == np.uint8
         differences.append(np.square(changed.astype(float) - pixels).mean())
     assert differences[0] > 0 and differences == sorted(differences)
+
+
+def test_a_judge_of_too_few_images_is_refused_before_it_is_trained(tmp_path):
+    """The check's sides would be empty."""
+    labels = np.arange(20) % 2
+    np.savez(tmp_path / "images.npz", arr_0=random_pixels(20, 16, 16), arr_1=labels)
+    with pytest.raises(ValueError, match="holds 20 images; expected at least 200"):
+        judge.main(["--data", str(tmp_path / "images.npz"), "--out", str(tmp_path / "j.pt")])
 
 
 def test_classes_cannot_be_learned_without_labels(tmp_path):

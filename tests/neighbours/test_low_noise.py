@@ -131,7 +131,7 @@ def test_the_self_perceptual_metric_gets_the_labels_and_other_t_of_the_low_image
     [(0.3, 0.74, 0.43), (0.4, 0.62, 0.34), (0.2, 0.84, 0.53)],
     ids=["PixelGen", "pMF, 0.6", "pMF, 0.8"],
 )
-def test_the_published_shares_are_those_of_the_page(image, cosine, linear):
+def test_the_published_thresholds_are_these_shares_of_T(image, cosine, linear):
     """Where sqrt(1 - abar_t) / sqrt(abar_t) is that of their x_t = image x0 + (1 - image) eps."""
     for schedule, share in ((cosine_schedule(), cosine), (linear_schedule(), linear)):
         abar = schedule.alpha_bar[1:]
