@@ -17,9 +17,9 @@ from support import cli
 class LowNoise(nn.Module):
     """A metric of the images with t <= last, and 0 for the others: (pred, batch) -> [B]
 
-    metric : any (pred, batch) -> [B]; it sees those images alone, and is not asked where none is
+    metric : any (pred, batch) -> [B]; it sees those images alone, and is not called without any
     last   : 0..T
-    The mean over the batch stays one over all images.  On a GPU each call waits for the work before
+    The zeros count in the batch's mean.  On a GPU each call waits for the work before
     it: how many images it takes must be known.
     """
 
@@ -67,7 +67,10 @@ class Until(Neighbour):
             )
 
     def adapt(self, metric, s):
-        """By a share of T, which is one amount of noise whatever T is."""
+        """The metric, limited to t <= share x T.
+
+        The schedules are functions of t / T: a share means one noise level for any T.
+        """
         if s["metric_until"] == 1:
             return metric
         return LowNoise(metric, round(s["metric_until"] * s["T"]))

@@ -5,8 +5,8 @@ class Neighbour:
     """Each method's default changes nothing; a neighbour overrides those that it needs.
 
     s : a run's settings, {key: value}
-    a : the arguments of sample.py, or of fid.py, or what they are where none is typed; only those
-        of `sampler_flags` are always there
+    a : parsed arguments, of sample.py or fid.py, or sample.sampler_defaults'.  All have the flags
+        of `sampler_flags`; no other flag is certain.
     """
 
     settings = {}  # keys of its flags in training, and their values without the flags

@@ -33,7 +33,7 @@ def load_model(path, device="cpu", raw=False, classifier=False):
     """(model, schedule, settings) of a checkpoint, in eval mode.
 
     The weights are the moving average's, or the trained ones if `raw`, in float32.
-    classifier : whether it shall be one, or a model of images; None: either
+    classifier : True: it must be a classifier; False: a model of images; None: it may be either
     ValueError, one line, where it is the other kind, where it holds only the other weights, and
     where the weights do not fit the settings or are not finite.
     """

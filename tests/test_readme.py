@@ -151,7 +151,7 @@ def test_every_command_line_is_accepted(command):
 @pytest.mark.parametrize("row", table("docs/TABLES.md", "table"), ids=lambda row: row[1])
 def test_every_row_of_the_papers_tables_is_a_command_line(row):
     flags = re.findall(r"`(--[^`]*)`", row[2])
-    s, _ = parse(f"python train.py --data cifar10 --eval-every 20000 {flags[0]}")
+    s, _ = parse(f"python train.py --data cifar10 --eval-at 20000,40000 {flags[0]}")
     assert s["T"] == 4000
     for how in flags[1:]:
         parse(f"python fid.py RUN/best.pt cifar10 --n 50000 {how}")
