@@ -167,7 +167,7 @@ def save_picture(found, path):
     panels = dict(zip(models, axes[0], strict=True))
     for model, way, distances, _ in curves(found):
         x = sorted(distances)
-        panels[model].loglog(x, [distances[steps] for steps in x], marker="o", label=way)
+        panels[model].semilogx(x, [distances[steps] for steps in x], marker="o", label=way)
     for model, axis in panels.items():
         axis.set(title=model, xlabel="steps", ylabel="Frechet distance")
         axis.set_xticks(STEPS, [str(steps) for steps in STEPS])

@@ -274,6 +274,13 @@ def test_the_results_are_those_of_the_lines(capsys):
         assert f"from {before} to {after}, by {difference.removeprefix('-')} over" in sentence
 
 
+def test_the_few_step_scores_are_those_of_the_lines():
+    """RESULTS.md has the table that `experiments.steps` prints."""
+    lines = (ROOT / "experiments/steps.jsonl").read_text().splitlines()
+    [printed] = tables(steps.table([json.loads(line) for line in lines]))
+    assert printed in tables(PAGES["docs/RESULTS.md"])
+
+
 # ---- choices ----
 
 
