@@ -573,7 +573,7 @@ def peak_memory(n, batch_size=250):
 
 
 class NoNetwork:
-    name = "random"
+    name = "random-0"
 
     def __call__(self, images):
         return [torch.rand(len(images), features) for features in (2048, 2023, 1008)]

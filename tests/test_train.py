@@ -146,7 +146,7 @@ def test_evaluations_are_logged_and_the_best_checkpoint_is_kept(images, scored, 
     assert all({"n", "fid", "sfid", "is"} <= row.keys() for row in scores)
     best = min(scores, key=lambda row: row["fid"])
     assert read_checkpoint(tmp_path / "run/best.pt")["step"] == best["step"]
-    assert len(list((tmp_path / "cache").rglob("*stand-in*"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*inception-0*"))) == 1
     load_model(tmp_path / "run/best.pt")
 
 
