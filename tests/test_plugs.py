@@ -227,4 +227,4 @@ def test_a_score_is_a_function_and_a_row(tmp_path, monkeypatch, scored):
     np.savez(black, arr_0=np.zeros((2, 16, 16, 3), np.uint8))
     found = scored(checkpoint.parent / "images.npz", black)
     assert found["distance_of_means"] > 0
-    assert list(found)[-3:] == ["distance_of_means", "n_a", "n_b"]
+    assert list(found)[-4:] == ["distance_of_means", "n_a", "n_b", "weights"]

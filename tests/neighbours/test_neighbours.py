@@ -189,7 +189,7 @@ def test_a_ddpm_trained_by_it_alone_starts_from_the_frozen_models_weights(
         ("PLAIN", "--model ddpm --predict x0", "it predicts eps"),
     ],
 )
-def test_a_frozen_model_other_noise_labels_or_prediction_is_refused(
+def test_a_frozen_model_of_other_noise_labels_or_prediction_is_refused(
     judge, line, says, checkpoints, tmp_path, capsys
 ):
     argv = [*SMALL, *line.split(), "--self-perceptual", f"{checkpoints[judge]}=1"]
