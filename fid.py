@@ -86,7 +86,9 @@ class Statistics:
         rows = rows.double()
         self.n += len(rows)
         self.sum += rows.sum(0)
-        self.outer += rows.T @ rows
+        if not torch.is_tensor(self.outer):
+            self.outer = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.outer.addmm_(rows.T, rows)  # in place: another D x D a batch costs more than the sum
 
     def gaussian(self):
         """(mu [D], sigma [D, D]), float64 arrays; sigma is unbiased: divided by n - 1."""
