@@ -217,7 +217,7 @@ def score_is(a, b):
 
 
 def score_kid(a, b):
-    if a.pool is None or b.pool is None or random_weights(a, b) or min(a.n, b.n) < 4:
+    if not have_rows(a, b):
         return {}
     mean, deviation = kernel_distance(a.pool, b.pool.to(a.pool.device))
     name = f"kid{judge_name(a, b)}"
@@ -225,7 +225,7 @@ def score_kid(a, b):
 
 
 def score_precision_recall(a, b):
-    if a.pool is None or b.pool is None or random_weights(a, b) or min(a.n, b.n) <= 3:
+    if not have_rows(a, b):
         return {}
     precision, recall = precision_recall(a.pool, b.pool.to(a.pool.device))
     judge = judge_name(a, b)
@@ -241,6 +241,12 @@ SCORES = (
     score_kid,
     score_precision_recall,
 )
+
+
+def have_rows(a, b):
+    """Whether KID, precision and recall can be taken: both sides have the rows of 4 images."""
+    kept = a.pool is not None and b.pool is not None
+    return kept and not random_weights(a, b) and min(a.n, b.n) >= 4
 
 
 def distance_name(a, b):
