@@ -4,8 +4,9 @@
     python -m experiments.table1 --preset cpu --group all --seeds 1   all groups; one seed, not 3
     python -m experiments.table1 --preset paper --jobs 8              eight runs side by side
     python -m experiments.table1 --preset cpu --print                 the tables of what is there
+    python -m experiments.table1 --preset cpu --steps 10              sampled with ten steps alone
 
-A run is trained by train.py, sampled from its moving average by sample.py with 10 and 100 steps,
+A run is trained by train.py, sampled from its moving average by sample.py with 100 and 10 steps,
 and scored by fid.py: FID (`paper`) or FID-768, sFID and KID by Inception, and the distance and KID
 of two judges of the same images (judge.py), which are trained first.  FID-768 is no FID: it takes
 768 features of a layer before FID's, and --weights may be a file of the layers up to it.
@@ -55,7 +56,7 @@ from support.files import atomic, existing, save_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = ROOT / "fid.py"
-STEPS = (100, 10)
+STEPS = (100, 10)  # of sampling
 JUDGES = ("classes", "rotations")  # tasks of judge.py
 
 
@@ -117,7 +118,7 @@ class Row(NamedTuple):
     variant: str = ""  # of variants.py
     weights: str = ""  # the row whose checkpoint it starts from; without flags, what is sampled
     share: float = 1  # of the preset's iterations
-    steps: tuple = STEPS
+    steps: tuple | None = None  # of sampling, where they are not those of --steps
 
 
 FROZEN = "DDPM (eps)"  # of the self-perceptual metric
@@ -134,7 +135,7 @@ ROWS = {
     ("table 1", "Dual + metric"): Row("--model dual --metric METRIC=0.1"),
     ("table 1", "Cas-DM"): Row("--model casdm"),
     ("table 1", "Cas-DM + metric"): Row("--model casdm --metric METRIC=0.1"),
-    ("table 1", REAL): Row(steps=()),
+    ("table 1", REAL): Row(),
     ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
     ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
     ("choices", "L_mu / coef1^2, clamped"): Row("--model casdm", "mu-scaled"),
@@ -155,6 +156,9 @@ ROWS = {
     ("table 4", "Fix-Res + metric"): Row(f"{FIXRES} --metric METRIC=0.1"),
     ("table 4", "Fix-Res, concat"): Row(f"{FIXRES} --refiner-input x0+eps"),
 }
+for share in (0.25, 0.5, 0.75):
+    flags = f"{ROWS['table 1', 'Cas-DM + metric'].flags} --metric-until {share}"
+    ROWS["low noise", f"metric at t <= {share} T"] = Row(flags)
 for name in CURVES:
     ROWS["curves", f"{name}, other steps"] = Row(weights=name, steps=(50, 20, 5))
 for share in (0.5, 2):
@@ -163,7 +167,7 @@ for share in (0.5, 2):
             ROWS["table 1", name].flags,
             weights=name if share > 1 else "",
             share=share,
-            steps=STEPS[-1:],
+            steps=(10,),
         )
 
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
@@ -191,7 +195,7 @@ PAIRS = [
     ("Cas-DM", "DDPM (eps), Cas-DM's size"),
     ("Cas-DM", "Dual, Cas-DM's size"),
     *((name, "Cas-DM") for group, name in ROWS if group in ("choices", "table 3")),
-    *((name, "Cas-DM + metric") for group, name in ROWS if group == "lambda"),
+    *((name, "Cas-DM + metric") for group, name in ROWS if group in ("lambda", "low noise")),
 ]
 
 
@@ -204,8 +208,10 @@ class Experiment:
     By default they are runs/table1-PRESET and experiments/table1_PRESET.jsonl.
     """
 
-    def __init__(self, name, folder=None, results=None, source=None, weights=None, jobs=1):
-        self.preset, self.source, self.weights = PRESETS[name], source, weights
+    def __init__(
+        self, name, folder=None, results=None, source=None, weights=None, jobs=1, steps=STEPS
+    ):
+        self.preset, self.source, self.weights, self.steps = PRESETS[name], source, weights, steps
         self.folder = (folder or ROOT / "runs" / f"table1-{name}").absolute()
         self.results = (results or ROOT / "experiments" / f"table1_{name}.jsonl").absolute()
         vgg = Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")
@@ -239,12 +245,12 @@ class Experiment:
             first = self.preset.reference + seed * self.preset.samples
             self.save_real(images, first, self.preset.samples)
             score = self.score(images)
-            line |= {str(steps): score for steps in STEPS}
+            line |= {str(steps): score for steps in self.steps}
         else:
             sampled = row if how.flags else how.weights
             checkpoint = self.train(sampled, seed)
             line["flags"] = " ".join(self.flags(sampled, seed))
-            for steps in how.steps:
+            for steps in how.steps or self.steps:
                 images = place / f"{steps}.npz"
                 if not images.exists():
                     self.sample(checkpoint, steps, seed, images, how.variant)
@@ -376,14 +382,21 @@ class Experiment:
         return images.pixels
 
     def lines(self):
-        """The finished runs."""
+        """The finished runs, a line each; a later line of a run adds to what it has."""
         if not self.results.exists():
             return []
-        return [json.loads(line) for line in self.results.read_text().splitlines()]
+        found = {}
+        for line in map(json.loads, self.results.read_text().splitlines()):
+            found.setdefault((line["row"], line["seed"]), {}).update(line)
+        return list(found.values())
 
     def wanted(self, group, seeds):
-        """The runs that have no line yet: Table 1 first, then the rest, each seed by seed."""
-        there = {(line["row"], line["seed"]) for line in self.lines()}
+        """The runs that lack a line, or steps in it: Table 1 first, then the rest, seed by seed."""
+        there = set()
+        for line in self.lines():
+            how = self.rows.get(line["row"], Row())
+            if all(str(steps) in line for steps in how.steps or self.steps):
+                there.add((line["row"], line["seed"]))
         asked = [(mine, row) for mine, row in ROWS if group in (mine, "all")]
         first = [row for mine, row in asked if mine == "table 1"]
         rest = [row for mine, row in asked if mine != "table 1"]
@@ -482,13 +495,17 @@ def commit():
 # ---- the tables ----
 
 
-def table(lines):
-    """Prints the rows' means over seeds, the differences of equal seeds, and the curves."""
+def table(lines, steps):
+    """Prints the rows' means over seeds, the differences of equal seeds, and the curves.
+
+    A column is one score with one of these numbers of sampling steps.  What has not all of them is
+    left out, but for the curves.
+    """
     found = {}  # {row: {seed: line}}
     for line in lines:
         found.setdefault(line["row"], {})[line["seed"]] = line
-    columns = [(str(steps), score) for steps in STEPS for score in scores_of(lines)]
-    others = [(str(steps), score) for steps in STEPS for score in SCORES if score not in MAIN]
+    columns = [(str(n), score) for n in steps for score in scores_of(lines)]
+    others = [(str(n), score) for n in steps for score in SCORES if score not in MAIN]
     print(f"metric: {all_of(lines, 'metric')}; ", end="")
     print(f"{all_of(lines, 'n')} images a score; commits {all_of(lines, 'commit')}\n")
     print_rows(found, columns)
@@ -504,13 +521,13 @@ def all_of(lines, key):
 
 
 def print_rows(found, columns):
-    """The means of each row that has all steps, beside the paper's numbers."""
+    """The means of each row, beside the paper's numbers."""
     names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
     print_header("row", "seeds", *names, "paper's FID, sFID")
-    for (_, row), how in ROWS.items():
-        if row not in found or how.steps not in (STEPS, ()):
+    for _, row in ROWS:
+        lines = with_all(found, row, columns).values()
+        if not lines:
             continue
-        lines = found[row].values()
         cells = []
         for steps, score in columns:
             values = [line[steps][score] for line in lines]
@@ -524,12 +541,13 @@ def print_differences(found, columns):
     names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
     print_header("difference", "seeds", *names, "paper")
     for a, b in PAIRS:
-        seeds = sorted(found.get(a, {}).keys() & found.get(b, {}).keys())
+        lines, others = with_all(found, a, columns), with_all(found, b, columns)
+        seeds = sorted(lines.keys() & others.keys())
         if not seeds:
             continue
         cells = []
         for steps, score in columns:
-            values = [found[a][s][steps][score] - found[b][s][steps][score] for s in seeds]
+            values = [lines[s][steps][score] - others[s][steps][score] for s in seeds]
             cells.append(spread(values, score, "+"))
         both = zip(PAPER.get(a, ()), PAPER.get(b, ()), strict=False)  # a row may have none
         paper = [f"{x - y:+.2f}" for x, y in both if x and y]
@@ -558,13 +576,12 @@ def print_curves(lines):
 def print_others(found, columns):
     """The scores beside FID and sFID, of the lines that have them."""
     rows = []
-    for (_, row), how in ROWS.items():
-        lines = found.get(row, {}).values()
-        of_all = [line for line in lines if how.steps in (STEPS, ()) and has(line, columns)]
-        if of_all:
-            values = [[line[steps][score] for line in of_all] for steps, score in columns]
+    for _, row in ROWS:
+        lines = with_all(found, row, columns).values()
+        if lines:
+            values = [[line[steps][score] for line in lines] for steps, score in columns]
             cells = [spread(v, score) for v, (_, score) in zip(values, columns, strict=True)]
-            rows.append(markdown(row, len(of_all), *cells))
+            rows.append(markdown(row, len(lines), *cells))
     if rows:
         print()
         print_header(
@@ -573,8 +590,13 @@ def print_others(found, columns):
         print("\n".join(rows))
 
 
-def has(line, columns):
-    return all(score in line.get(steps, {}) for steps, score in columns)
+def with_all(found, row, columns):
+    """{seed: line} of the row's lines that have every column."""
+    return {
+        seed: line
+        for seed, line in found.get(row, {}).items()
+        if all(score in line.get(steps, {}) for steps, score in columns)
+    }
 
 
 def curve(lines, row):
@@ -591,9 +613,9 @@ def curve(lines, row):
     for line in lines:
         if line["row"] not in mine:
             continue
-        how = mine[line["row"]]
-        for steps in how.steps:
-            found.setdefault((how.share, steps), []).append(line[str(steps)][score])
+        share = mine[line["row"]].share
+        for steps in filter(str.isdigit, line):
+            found.setdefault((share, int(steps)), []).append(line[steps][score])
     return found
 
 
@@ -658,7 +680,7 @@ def main(argv=None):
     """The runs that are wanted and missing, then the table."""
     a = parse_args(argv)
     source = a.data if a.data in data.DATASETS else Path(a.data).absolute()
-    experiment = Experiment(a.preset, a.work, a.results, source, a.weights, a.jobs)
+    experiment = Experiment(a.preset, a.work, a.results, source, a.weights, a.jobs, a.steps)
     wanted = experiment.wanted(a.group, a.seeds)
     if wanted and not a.print:
         if a.weights:
@@ -668,7 +690,7 @@ def main(argv=None):
         raise ValueError(
             f"{experiment.results} has no line; expected finished runs; leave --print out"
         )
-    table(experiment.lines())
+    table(experiment.lines(), a.steps)
 
 
 def parse_args(argv):
@@ -677,6 +699,8 @@ def parse_args(argv):
     groups = [*dict.fromkeys(group for group, _ in ROWS), "all"]
     p.add_argument("--group", choices=groups, default="table 1", help="of rows")
     p.add_argument("--seeds", type=cli.whole(1), default=3, help="runs a row")
+    text = "of sampling, of every row that is not about them"
+    p.add_argument("--steps", type=cli.whole(1), nargs="+", default=STEPS, help=text)
     text = "CIFAR-10 by name, or its images as an .npz"
     p.add_argument("--data", default="cifar10", help=text)
     text = "where the runs lie (default: runs/table1-PRESET)"

@@ -75,11 +75,11 @@ def few_rows(monkeypatch):
     """Rows of each kind: a frozen model, what it serves, sizes, a variant, images, a longer run."""
     steps = (10, 5)
     rows = {
-        ("a", "DDPM (eps)"): Row("--model ddpm", steps=steps),
-        ("b", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1", steps=steps),
-        ("b", "matched"): Row("--model ddpm MATCHED", steps=steps),
+        ("a", "DDPM (eps)"): Row("--model ddpm"),
+        ("b", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
+        ("b", "matched"): Row("--model ddpm MATCHED"),
         ("b", "clamp"): Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
-        ("b", table1.REAL): Row(steps=()),
+        ("b", table1.REAL): Row(),
         ("b", "long"): Row("--model ddpm", weights="DDPM (eps)", share=2, steps=(5,)),
     }
     monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
@@ -307,6 +307,20 @@ def test_table_1_comes_first_and_everything_goes_seed_by_seed(work):
     assert len(set(wanted)) == len(wanted) == 3 * len(table1.ROWS)
 
 
+def test_a_run_that_lacks_steps_is_wanted_again_and_its_lines_are_one(work):
+    """--steps 10 first and 100 later: the score with ten steps is kept."""
+    lines = [line("Dual", **{"10": {"fid_768": 1.0}})]
+    work.lines.write_text(json.dumps(lines[0]) + "\n")
+    ten = table1.Experiment("cpu", work.folder, work.lines, steps=(10,))
+    assert ("Dual", 0) not in ten.wanted("table 1", 1)
+    both = table1.Experiment("cpu", work.folder, work.lines)
+    assert ("Dual", 0) in both.wanted("table 1", 1)
+    with open(work.lines, "a") as f:
+        f.write(json.dumps(line("Dual", **{"100": {"fid_768": 2.0}})) + "\n")
+    assert ("Dual", 0) not in both.wanted("table 1", 1)
+    assert both.lines() == [lines[0] | {"100": {"fid_768": 2.0}}]
+
+
 # ---- the tables ----
 
 
@@ -321,13 +335,23 @@ def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys
             scored("Dual", 1, 3.0),
             scored("Dual + metric", 1, 2.5),
             scored("Dual + metric", 2, 9.0),
-        ]
+        ],
+        (100, 10),
     )
     said = capsys.readouterr().out.splitlines()
     row = "| Dual | 2 | 2.000 ± 1.000 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.00 ± 0.00 | 6.52, 4.60 |"
     assert row in said
     difference = "| Dual + metric - Dual | 1 | -0.500 | +0.00 | +0.000 | +0.00 | -0.87, +0.29 |"
     assert difference in said
+
+
+def test_a_table_of_some_steps_takes_every_line_that_has_them(capsys):
+    ten = {"fid_768": 1.0, "sfid": 2.0}
+    lines = [line("Dual", 0, **{"10": ten}), line("Dual", 1, **{"10": ten, "100": ten})]
+    table1.table(lines, (10,))
+    assert "| Dual | 2 | 1.000 ± 0.000 | 2.00 ± 0.00 | 6.52, 4.60 |" in capsys.readouterr().out
+    table1.table(lines, (100, 10))
+    assert "| Dual | 1 | 1.000 | 2.00 | 1.000 | 2.00 | 6.52, 4.60 |" in capsys.readouterr().out
 
 
 def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(capsys):
@@ -346,7 +370,8 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
             scored("r_t = 1 in sampling", 9, 100, 10),
             scored("moving average without ramp", 9, 100, 10),
             scored("Dual", 9, 100, 10),
-        ]
+        ],
+        (100, 10),
     )
     curves = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
     names = "5 steps | 10 steps | 20 steps | 50 steps | 100 steps | 10 steps, 0.5 x the iterations"
@@ -364,7 +389,7 @@ def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
     every = {key: 0.002 for key in table1.SCORES if key not in table1.MAIN}
     lines = [line("Dual", seed, **{"100": scores, "10": scores}) for seed in (0, 1)]
     lines.append(line("Dual", 2, **{"100": scores | every, "10": scores | every}))
-    table1.table(lines)
+    table1.table(lines, (100, 10))
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "| Dual | 1 |" + 2 * " 2.00 | 0.002 | 2.00 | 0.002 | 2.00 |"
 
