@@ -1,20 +1,24 @@
 """The pictures of the documents.
 
-python -m experiments.figures schedules   the schedules alone
-python -m experiments.figures results     all that table1.py left, of the `cpu` preset
+python -m experiments.figures schedules        the schedules alone
+python -m experiments.figures results          all that table1.py left, of the `cpu` preset
+python -m experiments.figures expect RUN ...   folders of train.py --sample-every 100
 
 schedules.png   abar_t, its signal-to-noise ratio, an image on its way to noise, the spacings
 rows.png        Table 1's rows, one a line, every column from the same noise
 gate.png        r_t over t: how much of a step comes from x0', and how much should
 refined.png     figure 2's trace of Cas-DM + metric
 curves.png      FID-768 against sampling steps, and against training iterations
+expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; its losses are printed
 """
 
+import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import sample
 from data import from_pixels, shapes, to_pixels
@@ -25,10 +29,12 @@ from support import cli
 from support.draws import stream
 from support.files import existing
 from support.models import load_model
-from support.pictures import pyplot, save_figure
+from support.pictures import pyplot, read_log, save_figure
+from support.run import grid_path
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 ROWS = [row for group, row in table1.ROWS if group == "table 1" and row != table1.REAL]
+MILESTONES = (100, 300, 600, 1200)  # training steps
 # Whose r_t is drawn.
 GATED = [
     *(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))),
@@ -184,6 +190,37 @@ def standard_error(values):
     return np.std(values, ddof=1) / len(values) ** 0.5
 
 
+def draw_expected(runs, path):
+    """A column a run: its first samples after each of MILESTONES; and its losses, printed.
+
+    runs : the folders of runs of train.py with --sample-every 100
+    """
+    size = (4.5 * len(runs), 1.3 * len(MILESTONES))
+    figure, axes = pyplot().subplots(len(MILESTONES), len(runs), squeeze=False, figsize=size)
+    for column, run in zip(axes.T, runs, strict=True):
+        for axis, step in zip(column, MILESTONES, strict=True):
+            grid = existing(grid_path(run, step), "grid of train.py --sample-every 100")
+            grid = np.asarray(Image.open(grid))
+            axis.imshow(grid[: len(grid) // 4])  # two of its eight rows of images
+            axis.set(xticks=[], yticks=[], ylabel=f"step {step:,}")
+        column[0].set_title(run.name)
+        print_losses(run)
+    save(figure, path)
+
+
+def print_losses(run, over=50):
+    """The means of the log's terms over so many steps before each of MILESTONES."""
+    rows = [row for row in read_log(run) if "loss" in row]
+    terms = [name for name in rows[0] if name not in ("step", "loss")]
+    print(f"{run.name}\n")
+    table1.print_header("step", *terms)
+    for step in MILESTONES:
+        last = [row for row in rows if step - over < row["step"] <= step]
+        means = [statistics.mean(row[term] for row in last) for term in terms]
+        print(table1.markdown(f"{step:,}", *(f"{mean:.3g}" for mean in means)))
+    print()
+
+
 def save(figure, path, dpi=110):
     save_figure(figure, path, dpi)
     print(f"{path} written")
@@ -204,7 +241,8 @@ def draw_results(experiment, folder):
 def main(argv=None):
     """The pictures that are named."""
     p = cli.Parser(__doc__)
-    p.add_argument("what", choices=("schedules", "results"))
+    p.add_argument("what", choices=("schedules", "results", "expect"))
+    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of expect")
     p.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
     text = "where table1.py's runs lie (default: runs/table1-PRESET)"
     p.add_argument("--work", type=Path, help=text)
@@ -214,8 +252,12 @@ def main(argv=None):
     a = p.parse_args(argv)
     if not a.out.is_dir():
         raise FileNotFoundError(f"{a.out} does not exist; expected a folder; make it first")
+    if bool(a.runs) != (a.what == "expect"):
+        p.error(f"{a.what}: got {len(a.runs)} runs; expected some with expect, and none otherwise")
     if a.what == "schedules":
         draw_schedules(a.out / "schedules.png")
+    elif a.what == "expect":
+        draw_expected(a.runs, a.out / "expect.png")
     else:
         draw_results(table1.Experiment(a.preset, a.work, a.results), a.out)
 

@@ -66,7 +66,8 @@ def test_the_curves_are_means_over_seeds_against_steps_and_iterations(tmp_path, 
     with open(tmp_path / "lines.jsonl", "w") as f:
         for seed in (0, 1):
             for row, how in experiment.rows.items():
-                scores = {str(steps): {"fid_768": 1 + seed + 10 / steps} for steps in how.steps}
+                steps = how.steps or experiment.steps
+                scores = {str(n): {"fid_768": 1 + seed + 10 / n} for n in steps}
                 f.write(json.dumps({"row": row, "seed": seed} | scores) + "\n")
     figures.draw_curves(experiment, tmp_path / "curves.png")
     by_steps, by_iterations = drawn["curves.png"].axes
@@ -76,6 +77,36 @@ def test_the_curves_are_means_over_seeds_against_steps_and_iterations(tmp_path, 
     np.testing.assert_allclose(points, [[1250, 2.5], [2500, 2.5], [5000, 2.5]])
     labels = [label.get_text() for label in by_iterations.get_xticklabels()]
     assert labels == ["1,250", "2,500", "5,000"]
+
+
+def test_what_to_expect_are_the_runs_first_grids_and_mean_losses(
+    tmp_path, drawn, monkeypatch, capsys
+):
+    """The top quarter of each grid; the log's rows of the 50 steps before, and no earlier ones."""
+    monkeypatch.setattr(figures, "MILESTONES", (100, 200))
+    run = tmp_path / "my-run"
+    run.mkdir()
+    for step in (100, 200):
+        pixels = np.full((64, 64, 3), 255, np.uint8)
+        pixels[:16] = step
+        Image.fromarray(pixels).save(run / f"samples_{step:06d}.png")
+    losses = {50: 9.0, 90: 1.0, 100: 2.0, 150: 9.0, 180: 3.0, 200: 4.0}
+    rows = [{"step": step, "eps": eps, "loss": 0.0} for step, eps in losses.items()]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.run(figures.main, ["expect", str(run), "--out", str(tmp_path)]) == 0
+    for axis, step in zip(drawn["expect.png"].axes, (100, 200), strict=True):
+        shown = axis.images[0].get_array()
+        assert shown.shape == (16, 64, 3)
+        assert (shown == step).all()
+    said = capsys.readouterr().out
+    assert "| 100 | 1.5 |\n| 200 | 3.5 |\n" in said
+
+
+@pytest.mark.parametrize("argv", [["expect"], ["schedules", "runs/a"]])
+def test_runs_belong_to_what_to_expect_alone(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        figures.main(argv)
+    assert "expected some with expect, and none otherwise" in capsys.readouterr().err
 
 
 def tiny_run(experiment, row):
@@ -96,7 +127,7 @@ def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, drawn, m
     save_npz(images, tmp_path / "reference.npz")
     for row in {*figures.ROWS, *figures.GATED}:
         tiny_run(experiment, row)
-    line = {"row": "Cas-DM", "100": {"fid_768": 1.0}, "10": {"fid_768": 2.0}}
+    line = {"row": "Cas-DM", "seed": 0, "100": {"fid_768": 1.0}, "10": {"fid_768": 2.0}}
     (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
     assert draw("results", tmp_path, tmp_path) == 0
     for name in ("rows.png", "gate.png", "refined.png", "curves.png"):
