@@ -24,6 +24,9 @@ import sample
 from data import from_pixels, shapes, to_pixels
 from diffusion import SCHEDULES, clean_estimates, evenly, q_sample
 from experiments import table1
+from experiments.rows import CURVES, REAL, STEPS
+from experiments.rows import ROWS as TABLE_ROWS
+from experiments.tables import SCORES, curve, markdown, print_header, scores_of
 from neighbours.solvers import SPACINGS
 from support import cli
 from support.draws import stream
@@ -33,7 +36,7 @@ from support.pictures import pyplot, read_log, save_figure
 from support.run import grid_path
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-ROWS = [row for group, row in table1.ROWS if group == "table 1" and row != table1.REAL]
+ROWS = [row for group, row in TABLE_ROWS if group == "table 1" and row != REAL]
 MILESTONES = (100, 300, 600, 1200)  # training steps
 # Whose r_t is drawn.
 GATED = [
@@ -94,7 +97,7 @@ def draw_rows(experiment, path, columns=14):
     size = (0.75 * columns, 0.78 * len(ROWS))
     figure, axes = pyplot().subplots(len(ROWS), 1, figsize=size)
     for axis, row in zip(axes, ROWS, strict=True):
-        drawn = experiment.place(row, 0) / f"{table1.STEPS[0]}.npz"
+        drawn = experiment.place(row, 0) / f"{STEPS[0]}.npz"
         drawn = existing(drawn, "run's samples, which experiments/table1.py draws")
         images = np.load(drawn)["arr_0"][:columns]
         axis.imshow(np.concatenate(list(images), 1))
@@ -150,22 +153,22 @@ def best_r(x0, x0_star, x0_hat):
 
 
 def draw_curves(experiment, path):
-    """FID (or FID-768) of `table1.CURVES` against sampling steps, and against iterations.
+    """FID (or FID-768) of `rows.CURVES` against sampling steps, and against iterations.
 
     The mean over seeds and its standard error.
     """
     figure, (by_steps, by_iterations) = pyplot().subplots(1, 2, figsize=(10, 3.5))
-    fewest, lines = table1.STEPS[-1], experiment.lines()
-    for row in table1.CURVES:
+    fewest, lines = STEPS[-1], experiment.lines()
+    for row in CURVES:
         at_steps, at_iterations = {}, {}
-        for (share, steps), values in table1.curve(lines, row).items():
+        for (share, steps), values in curve(lines, row).items():
             if share == 1:
                 at_steps[steps] = values
             if steps == fewest:
                 at_iterations[experiment.preset.iterations * share] = values
         draw_points(by_steps, at_steps, row)
         draw_points(by_iterations, at_iterations, row)
-    score = table1.SCORES[table1.scores_of(lines)[0]].name
+    score = SCORES[scores_of(lines)[0]].name
     by_steps.set(xscale="log", xlabel="sampling steps", ylabel=score)
     by_iterations.set(xscale="log", xlabel="iterations", ylabel=f"{score}, {fewest} steps")
     for axis in (by_steps, by_iterations):
@@ -213,11 +216,11 @@ def print_losses(run, over=50):
     rows = [row for row in read_log(run) if "loss" in row]
     terms = [name for name in rows[0] if name not in ("step", "loss")]
     print(f"{run.name}\n")
-    table1.print_header("step", *terms)
+    print_header("step", *terms)
     for step in MILESTONES:
         last = [row for row in rows if step - over < row["step"] <= step]
         means = [statistics.mean(row[term] for row in last) for term in terms]
-        print(table1.markdown(f"{step:,}", *(f"{mean:.3g}" for mean in means)))
+        print(markdown(f"{step:,}", *(f"{mean:.3g}" for mean in means)))
     print()
 
 

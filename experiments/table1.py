@@ -35,7 +35,6 @@ import queue
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -50,13 +49,15 @@ import torch
 from tqdm import tqdm
 
 import data
+from experiments.rows import FROZEN, REAL, ROWS, STEPS, Row
+from experiments.tables import SCORES, table
 from support import cli
 from support.draws import stream
 from support.files import atomic, existing, save_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = ROOT / "fid.py"
-STEPS = (100, 10)  # of sampling
+KEPT = ("precision", "recall")  # in the lines too, as is the deviation of each KID
 JUDGES = ("classes", "rotations")  # tasks of judge.py
 
 
@@ -79,124 +80,6 @@ PRESETS = {
     "paper": Preset(32, "", 400_000, "--res-blocks 7", 50_000, 50_000, 2048),
 }
 METRIC_SIZE = {16: "--metric-size 64"}  # by image size; the paper's 224 for its own sizes
-
-
-class Score(NamedTuple):
-    """How a score of fid.py is printed."""
-
-    name: str
-    digits: int  # behind the point
-    times: int = 1
-
-
-# The first three are printed beside the paper's numbers, the rest in a table of their own.
-SCORES = {
-    "fid": Score("FID", 2),
-    "fid_768": Score("FID-768", 3),
-    "sfid": Score("sFID", 2),
-    "kid": Score("KID x 1000", 2, 1000),
-    "fd_judge": Score("FD of classes", 3),
-    "kid_judge": Score("KID of classes x 1000", 2, 1000),
-    "fd_judge_rotations": Score("FD of rotations", 3),
-    "kid_judge_rotations": Score("KID of rotations x 1000", 2, 1000),
-}
-MAIN = ("fid", "fid_768", "sfid")
-KEPT = ("precision", "recall")  # in the lines too, as is the deviation of each KID
-
-
-# ---- the rows ----
-
-
-class Row(NamedTuple):
-    """One line of a table.
-
-    In its flags METRIC is LPIPS where VGG's weights are at hand, else SqueezeNet's features;
-    MATCHED is the preset's, and FROZEN the checkpoint of that row.
-    """
-
-    flags: str = ""
-    variant: str = ""  # of variants.py
-    weights: str = ""  # the row whose checkpoint it starts from; without flags, what is sampled
-    share: float = 1  # of the preset's iterations
-    steps: tuple | None = None  # of sampling, where they are not those of --steps
-
-
-FROZEN = "DDPM (eps)"  # of the self-perceptual metric
-# What a perfect model would score with as many images: training images that are not in the
-# reference (0 in `paper`, whose reference has them all).
-REAL = "training images"
-CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")  # scored against steps and iterations
-FIXRES = "--model casdm --refiner fixres"
-ROWS = {
-    ("table 1", "DDPM (eps)"): Row("--model ddpm"),
-    ("table 1", "DDPM (x0)"): Row("--model ddpm --predict x0"),
-    ("table 1", "DDPM (x0) + metric"): Row("--model ddpm --predict x0 --metric METRIC=0.1"),
-    ("table 1", "Dual"): Row("--model dual"),
-    ("table 1", "Dual + metric"): Row("--model dual --metric METRIC=0.1"),
-    ("table 1", "Cas-DM"): Row("--model casdm"),
-    ("table 1", "Cas-DM + metric"): Row("--model casdm --metric METRIC=0.1"),
-    ("table 1", REAL): Row(),
-    ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
-    ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
-    ("choices", "L_mu / coef1^2, clamped"): Row("--model casdm", "mu-scaled"),
-    ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
-    ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
-    ("choices", "r_t = 1 in sampling"): Row("", "r-one", "Cas-DM"),
-    ("choices", "x0 clamped after mixing"): Row("", "clamp-mixed", "Cas-DM"),
-    ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
-    ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
-    ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
-    ("table 3", "SSIM"): Row("--model casdm --metric ssim=0.1"),
-    ("table 3", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
-    ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
-    ("table 3", "self-perceptual, eps^ derived"): Row(
-        "--model casdm --self-perceptual FROZEN=0.1", "noise-derived"
-    ),
-    ("table 4", "Fix-Res"): Row(FIXRES),
-    ("table 4", "Fix-Res + metric"): Row(f"{FIXRES} --metric METRIC=0.1"),
-    ("table 4", "Fix-Res, concat"): Row(f"{FIXRES} --refiner-input x0+eps"),
-}
-for share in (0.25, 0.5, 0.75):
-    flags = f"{ROWS['table 1', 'Cas-DM + metric'].flags} --metric-until {share}"
-    ROWS["low noise", f"metric at t <= {share} T"] = Row(flags)
-for name in CURVES:
-    ROWS["curves", f"{name}, other steps"] = Row(weights=name, steps=(50, 20, 5))
-for share in (0.5, 2):
-    for name in CURVES:
-        ROWS["curves", f"{name}, {share} x the iterations"] = Row(
-            ROWS["table 1", name].flags,
-            weights=name if share > 1 else "",
-            share=share,
-            steps=(10,),
-        )
-
-# FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
-PAPER = {
-    "DDPM (eps)": (6.79, 4.97),
-    "DDPM (x0)": (17.78, 6.69),
-    "DDPM (x0) + metric": (9.34, 6.94),
-    "Dual": (6.52, 4.60),
-    "Dual + metric": (5.65, 4.89),
-    "Cas-DM": (6.80, 5.03),
-    "Cas-DM + metric": (6.40, 4.87),
-    "Fix-Res": (6.40, None),
-    "Fix-Res + metric": (6.28, None),
-    "Fix-Res, concat": (7.08, None),
-}
-# The differences that are printed.
-PAIRS = [
-    ("DDPM (x0) + metric", "DDPM (x0)"),
-    ("Dual + metric", "Dual"),
-    ("Cas-DM + metric", "Cas-DM"),
-    ("Fix-Res + metric", "Fix-Res"),
-    ("Fix-Res", "Cas-DM"),
-    ("Fix-Res, concat", "Fix-Res"),
-    ("Cas-DM", "DDPM (eps)"),
-    ("Cas-DM", "DDPM (eps), Cas-DM's size"),
-    ("Cas-DM", "Dual, Cas-DM's size"),
-    *((name, "Cas-DM") for group, name in ROWS if group in ("choices", "table 3")),
-    *((name, "Cas-DM + metric") for group, name in ROWS if group in ("lambda", "low noise")),
-]
 
 
 # ---- one run ----
@@ -490,167 +373,6 @@ def commit():
     command = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     return found.stdout.strip() or "unknown"
-
-
-# ---- the tables ----
-
-
-def table(lines, steps):
-    """Prints the rows' means over seeds, the differences of equal seeds, and the curves.
-
-    A column is one score with one of these numbers of sampling steps.  What has not all of them is
-    left out, but for the curves.
-    """
-    found = {}  # {row: {seed: line}}
-    for line in lines:
-        found.setdefault(line["row"], {})[line["seed"]] = line
-    columns = [(str(n), score) for n in steps for score in scores_of(lines)]
-    others = [(str(n), score) for n in steps for score in SCORES if score not in MAIN]
-    print(f"metric: {all_of(lines, 'metric')}; ", end="")
-    print(f"{all_of(lines, 'n')} images a score; commits {all_of(lines, 'commit')}\n")
-    print_rows(found, columns)
-    print()
-    print_differences(found, columns)
-    print_curves(lines)
-    print_others(found, others)
-
-
-def all_of(lines, key):
-    """Every value that the lines have under a key, in one text."""
-    return ", ".join(sorted({str(line[key]) for line in lines}))
-
-
-def print_rows(found, columns):
-    """The means of each row, beside the paper's numbers."""
-    names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
-    print_header("row", "seeds", *names, "paper's FID, sFID")
-    for _, row in ROWS:
-        lines = with_all(found, row, columns).values()
-        if not lines:
-            continue
-        cells = []
-        for steps, score in columns:
-            values = [line[steps][score] for line in lines]
-            cells.append(spread(values, score))
-        paper = [f"{value:.2f}" for value in PAPER.get(row, ()) if value]
-        print(markdown(row, len(lines), *cells, ", ".join(paper)))
-
-
-def print_differences(found, columns):
-    """The differences of PAIRS, of the seeds that both have, beside the paper's."""
-    names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
-    print_header("difference", "seeds", *names, "paper")
-    for a, b in PAIRS:
-        lines, others = with_all(found, a, columns), with_all(found, b, columns)
-        seeds = sorted(lines.keys() & others.keys())
-        if not seeds:
-            continue
-        cells = []
-        for steps, score in columns:
-            values = [lines[s][steps][score] - others[s][steps][score] for s in seeds]
-            cells.append(spread(values, score, "+"))
-        both = zip(PAPER.get(a, ()), PAPER.get(b, ()), strict=False)  # a row may have none
-        paper = [f"{x - y:+.2f}" for x, y in both if x and y]
-        print(markdown(f"{a} - {b}", len(seeds), *cells, ", ".join(paper)))
-
-
-def print_curves(lines):
-    """FID (or FID-768) of CURVES, as the picture of it has them."""
-    score = scores_of(lines)[0]
-    curves = {row: curve(lines, row) for row in CURVES}
-    points = {point for found in curves.values() for point in found}
-    own = sorted(point for point in points if point[0] == 1)  # the row's own iterations come first
-    others = sorted(point for point in points if point[0] != 1)
-    if not points:
-        return
-    names = [f"{steps} steps" for _, steps in own]
-    names += [f"{steps} steps, {share} x the iterations" for share, steps in others]
-    print()
-    print_header(SCORES[score].name, *names)
-    for row, found in curves.items():
-        if found:
-            values = [found.get(point) for point in (*own, *others)]
-            print(markdown(row, *(spread(v, score) if v else "" for v in values)))
-
-
-def print_others(found, columns):
-    """The scores beside FID and sFID, of the lines that have them."""
-    rows = []
-    for _, row in ROWS:
-        lines = with_all(found, row, columns).values()
-        if lines:
-            values = [[line[steps][score] for line in lines] for steps, score in columns]
-            cells = [spread(v, score) for v, (_, score) in zip(values, columns, strict=True)]
-            rows.append(markdown(row, len(lines), *cells))
-    if rows:
-        print()
-        print_header(
-            "row", "seeds", *(f"{SCORES[key].name}, {steps} steps" for steps, key in columns)
-        )
-        print("\n".join(rows))
-
-
-def with_all(found, row, columns):
-    """{seed: line} of the row's lines that have every column."""
-    return {
-        seed: line
-        for seed, line in found.get(row, {}).items()
-        if all(score in line.get(steps, {}) for steps, score in columns)
-    }
-
-
-def curve(lines, row):
-    """{(share of the iterations, sampling steps): [FID or FID-768 of each seed]} of a row.
-
-    Of all that was sampled from it, or from it trained longer or shorter, and not under a variant.
-    """
-    flags, score = ROWS["table 1", row].flags, scores_of(lines)[0]
-    mine = {}
-    for (_, name), how in ROWS.items():
-        if not how.variant and (how.weights == row or how.flags == flags):
-            mine[name] = how
-    found = {}
-    for line in lines:
-        if line["row"] not in mine:
-            continue
-        share = mine[line["row"]].share
-        for steps in filter(str.isdigit, line):
-            found.setdefault((share, int(steps)), []).append(line[steps][score])
-    return found
-
-
-def scores_of(lines):
-    """Which of MAIN the lines hold, FID's first; ValueError where not all hold the same."""
-    kinds = set()
-    for line in lines:
-        for key, found in line.items():
-            if key.isdigit():  # a number of steps
-                kinds.add(tuple(score for score in MAIN if score in found))
-    if len(kinds) > 1:
-        names = " and ".join(", ".join(kind) for kind in sorted(kinds))
-        raise ValueError(
-            f"lines with the scores {names}; expected one network's; "
-            "keep each network's lines in a file of its own (--results)"
-        )
-    return kinds.pop()
-
-
-def spread(values, score, sign=""):
-    """The mean, and its standard error where there is more than one value."""
-    _, digits, times = SCORES[score]
-    mean = f"{times * statistics.mean(values):{sign}.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {times * statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
-
-
-def print_header(*cells):
-    print(markdown(*cells))
-    print(markdown(*["---"] * len(cells)))
-
-
-def markdown(*cells):
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 # ---- the script ----

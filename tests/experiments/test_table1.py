@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
-from experiments import judge, table1, variants
-from experiments.table1 import Row
+from experiments import judge, rows, table1, tables, variants
+from experiments.rows import Row
 from refiner import build_model
 from support import cli
 from support.checkpoint import read_checkpoint
@@ -74,19 +74,20 @@ def line(row, seed=0, **scores):
 def few_rows(monkeypatch):
     """Rows of each kind: a frozen model, what it serves, sizes, a variant, images, a longer run."""
     steps = (10, 5)
-    rows = {
+    few = {
         ("a", "DDPM (eps)"): Row("--model ddpm"),
         ("b", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
         ("b", "matched"): Row("--model ddpm MATCHED"),
         ("b", "clamp"): Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
-        ("b", table1.REAL): Row(),
+        ("b", rows.REAL): Row(),
         ("b", "long"): Row("--model ddpm", weights="DDPM (eps)", share=2, steps=(5,)),
     }
     monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
-    monkeypatch.setattr(table1, "ROWS", rows)
+    for module in (table1, tables):
+        monkeypatch.setattr(module, "ROWS", few)
     monkeypatch.setattr(table1, "STEPS", steps)
-    monkeypatch.setattr(table1, "PAIRS", [])
-    monkeypatch.setattr(table1, "CURVES", ())
+    monkeypatch.setattr(tables, "PAIRS", [])
+    monkeypatch.setattr(tables, "CURVES", ())
 
 
 @pytest.mark.slow
@@ -126,8 +127,8 @@ def test_runs_are_made_once_and_go_on_where_they_were(work, few_rows, capsys):
     )
     assert len(zero) == 4
     assert not np.array_equal(zero, one)
-    assert found[table1.REAL, 1]["10"]["fid_768"] == one.mean()
-    assert found[table1.REAL, 1]["10"]["weights"] == ["inception-0"]
+    assert found[rows.REAL, 1]["10"]["fid_768"] == one.mean()
+    assert found[rows.REAL, 1]["10"]["weights"] == ["inception-0"]
 
 
 SCRIPT = """
@@ -301,8 +302,8 @@ def size_of(model, preset, flags):
 def test_table_1_comes_first_and_everything_goes_seed_by_seed(work):
     wanted = table1.Experiment("cpu", work.folder, work.lines).wanted("all", 3)
     first, rest = wanted[:24], wanted[24:]
-    rows = [*list(table1.PAPER)[:7], table1.REAL]
-    assert first == [(row, seed) for seed in range(3) for row in rows]
+    names = [*list(rows.PAPER)[:7], rows.REAL]
+    assert first == [(row, seed) for seed in range(3) for row in names]
     assert [seed for _, seed in rest] == sorted(seed for _, seed in rest)
     assert len(set(wanted)) == len(wanted) == 3 * len(table1.ROWS)
 
@@ -329,7 +330,7 @@ def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys
         ten = {"fid_768": 0.0, "sfid": 0.0}
         return line(row, seed, **{"100": {"fid_768": value, "sfid": 1.0}, "10": ten})
 
-    table1.table(
+    tables.table(
         [
             scored("Dual", 0, 1.0),
             scored("Dual", 1, 3.0),
@@ -348,9 +349,9 @@ def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys
 def test_a_table_of_some_steps_takes_every_line_that_has_them(capsys):
     ten = {"fid_768": 1.0, "sfid": 2.0}
     lines = [line("Dual", 0, **{"10": ten}), line("Dual", 1, **{"10": ten, "100": ten})]
-    table1.table(lines, (10,))
+    tables.table(lines, (10,))
     assert "| Dual | 2 | 1.000 ± 0.000 | 2.00 ± 0.00 | 6.52, 4.60 |" in capsys.readouterr().out
-    table1.table(lines, (100, 10))
+    tables.table(lines, (100, 10))
     assert "| Dual | 1 | 1.000 | 2.00 | 1.000 | 2.00 | 6.52, 4.60 |" in capsys.readouterr().out
 
 
@@ -360,7 +361,7 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
     def scored(row, value, *steps):
         return line(row, **{str(n): {"fid_768": value + n, "sfid": 0.0} for n in steps})
 
-    table1.table(
+    tables.table(
         [
             scored("Cas-DM", 0.25, 100, 10),
             scored("Cas-DM", 0.75, 100, 10),
@@ -386,10 +387,10 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
 def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
     """KID in thousandths; a line from before they were taken is in no other table's way."""
     scores = {"fid_768": 1.0, "sfid": 1.0}
-    every = {key: 0.002 for key in table1.SCORES if key not in table1.MAIN}
+    every = {key: 0.002 for key in tables.SCORES if key not in tables.MAIN}
     lines = [line("Dual", seed, **{"100": scores, "10": scores}) for seed in (0, 1)]
     lines.append(line("Dual", 2, **{"100": scores | every, "10": scores | every}))
-    table1.table(lines, (100, 10))
+    tables.table(lines, (100, 10))
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "| Dual | 1 |" + 2 * " 2.00 | 0.002 | 2.00 | 0.002 | 2.00 |"
 
@@ -397,4 +398,4 @@ def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
 def test_lines_of_two_networks_are_not_one_table():
     lines = [line("Dual", **{"100": {score: 1.0, "sfid": 1.0}}) for score in ("fid", "fid_768")]
     with pytest.raises(ValueError, match="fid, sfid and fid_768, sfid; expected one network's"):
-        table1.scores_of(lines)
+        tables.scores_of(lines)

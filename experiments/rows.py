@@ -1,0 +1,97 @@
+"""The rows of table1.py: the paper's Tables 1 to 4, our choices reversed, and curves."""
+
+from typing import NamedTuple
+
+STEPS = (100, 10)  # of sampling
+
+
+class Row(NamedTuple):
+    """One line of a table.
+
+    In its flags METRIC is LPIPS where VGG's weights are at hand, else SqueezeNet's features;
+    MATCHED is the preset's, and FROZEN the checkpoint of that row.
+    """
+
+    flags: str = ""
+    variant: str = ""  # of variants.py
+    weights: str = ""  # the row whose checkpoint it starts from; without flags, what is sampled
+    share: float = 1  # of the preset's iterations
+    steps: tuple | None = None  # of sampling, where they are not those of --steps
+
+
+FROZEN = "DDPM (eps)"  # of the self-perceptual metric
+# What a perfect model would score with as many images: training images that are not in the
+# reference (0 in `paper`, whose reference has them all).
+REAL = "training images"
+CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")  # scored against steps and iterations
+FIXRES = "--model casdm --refiner fixres"
+ROWS = {
+    ("table 1", "DDPM (eps)"): Row("--model ddpm"),
+    ("table 1", "DDPM (x0)"): Row("--model ddpm --predict x0"),
+    ("table 1", "DDPM (x0) + metric"): Row("--model ddpm --predict x0 --metric METRIC=0.1"),
+    ("table 1", "Dual"): Row("--model dual"),
+    ("table 1", "Dual + metric"): Row("--model dual --metric METRIC=0.1"),
+    ("table 1", "Cas-DM"): Row("--model casdm"),
+    ("table 1", "Cas-DM + metric"): Row("--model casdm --metric METRIC=0.1"),
+    ("table 1", REAL): Row(),
+    ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
+    ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
+    ("choices", "L_mu / coef1^2, clamped"): Row("--model casdm", "mu-scaled"),
+    ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
+    ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
+    ("choices", "r_t = 1 in sampling"): Row("", "r-one", "Cas-DM"),
+    ("choices", "x0 clamped after mixing"): Row("", "clamp-mixed", "Cas-DM"),
+    ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
+    ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
+    ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
+    ("table 3", "SSIM"): Row("--model casdm --metric ssim=0.1"),
+    ("table 3", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
+    ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
+    ("table 3", "self-perceptual, eps^ derived"): Row(
+        "--model casdm --self-perceptual FROZEN=0.1", "noise-derived"
+    ),
+    ("table 4", "Fix-Res"): Row(FIXRES),
+    ("table 4", "Fix-Res + metric"): Row(f"{FIXRES} --metric METRIC=0.1"),
+    ("table 4", "Fix-Res, concat"): Row(f"{FIXRES} --refiner-input x0+eps"),
+}
+for share in (0.25, 0.5, 0.75):
+    flags = f"{ROWS['table 1', 'Cas-DM + metric'].flags} --metric-until {share}"
+    ROWS["low noise", f"metric at t <= {share} T"] = Row(flags)
+for name in CURVES:
+    ROWS["curves", f"{name}, other steps"] = Row(weights=name, steps=(50, 20, 5))
+for share in (0.5, 2):
+    for name in CURVES:
+        ROWS["curves", f"{name}, {share} x the iterations"] = Row(
+            ROWS["table 1", name].flags,
+            weights=name if share > 1 else "",
+            share=share,
+            steps=(10,),
+        )
+
+# FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
+PAPER = {
+    "DDPM (eps)": (6.79, 4.97),
+    "DDPM (x0)": (17.78, 6.69),
+    "DDPM (x0) + metric": (9.34, 6.94),
+    "Dual": (6.52, 4.60),
+    "Dual + metric": (5.65, 4.89),
+    "Cas-DM": (6.80, 5.03),
+    "Cas-DM + metric": (6.40, 4.87),
+    "Fix-Res": (6.40, None),
+    "Fix-Res + metric": (6.28, None),
+    "Fix-Res, concat": (7.08, None),
+}
+# The differences that are printed.
+PAIRS = [
+    ("DDPM (x0) + metric", "DDPM (x0)"),
+    ("Dual + metric", "Dual"),
+    ("Cas-DM + metric", "Cas-DM"),
+    ("Fix-Res + metric", "Fix-Res"),
+    ("Fix-Res", "Cas-DM"),
+    ("Fix-Res, concat", "Fix-Res"),
+    ("Cas-DM", "DDPM (eps)"),
+    ("Cas-DM", "DDPM (eps), Cas-DM's size"),
+    ("Cas-DM", "Dual, Cas-DM's size"),
+    *((name, "Cas-DM") for group, name in ROWS if group in ("choices", "table 3")),
+    *((name, "Cas-DM + metric") for group, name in ROWS if group in ("lambda", "low noise")),
+]
