@@ -15,7 +15,6 @@ rows:
 """
 
 import contextlib
-import copy
 import gc
 import io
 import math
@@ -25,8 +24,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,25 +31,28 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-import piq
 import scipy.linalg
 import torch
-import torch.nn.functional as F
-import torchvision.models as tv
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
-from torchvision.models import inception as blocks
+from torch.utils.data import DataLoader
 
 import fid
 import inception
 import metrics
 import scores
 import train
-import unet
 from data import Images, from_pixels
+from experiments.measuring import Row, flops, interleaved, print_cells, print_line
+from experiments.plain import (
+    SIZE,
+    Cifar,
+    batch,
+    both,
+    lpips_pair,
+    network_step,
+    published_inception,
+    randomised,
+)
 from refiner import build_model
 from sample import Sampler, load_model, open_sampler, sampler_defaults
 from support import cli
@@ -62,19 +62,7 @@ from support.settings import defaults
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared/data/cifar10_train.npz"
 SHAPES = Path(__file__).resolve().parents[1] / "assets/casdm-shapes.pt"
-SIZE = 32
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    work: Callable
-    reference: Callable | None
-    target: str  # ">= 1.08 x": reference / work; "<= 1.02": work / reference; "<= 2 s": the work
-    tolerance: float | None = None  # of what the two return; None: not compared
-    peak: tuple | None = None  # (FLOPs of the work, dtype, the least share of the peak or None)
-    unit: str = "s"  # or "MB", which the two return
 
 
 # ---- training ----
@@ -177,103 +165,6 @@ class Steps(Run):
         self.saved = self.step
 
 
-def network_step(net, device, plain=False):
-    """One training step of a copy of `net` on fixed data, in fp32, under its squared error.
-
-    plain : as one writes it at first
-    """
-    net = copy.deepcopy(net)
-    net.bf16 = False
-    channels = net.input_blocks[0][0].in_channels
-    x = torch.randn(batch(device), channels, SIZE, SIZE, device=device)
-    t = torch.linspace(0, 1000, len(x), device=device)
-    if plain:
-        expected = net(x, t)
-        torch.testing.assert_close(plainly(net)(x, t), expected, rtol=1e-3, atol=1e-4)
-    target = torch.randn_like(net(x, t))
-    weights = list(net.parameters())
-    averages = [p.detach().clone() for p in weights]
-    fused = None if plain else True
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=fused)
-
-    def call():
-        loss = F.mse_loss(net(x, t), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        average()
-
-    @torch.no_grad()
-    def average():
-        if not plain:
-            torch._foreach_lerp_(averages, weights, 0.0001)
-            return
-        for mean, w in zip(averages, weights, strict=True):
-            mean.mul_(0.9999).add_(w, alpha=0.0001)
-
-    return call
-
-
-def randomised(net):
-    """The same weights each time, none of them zero.
-
-    What starts at zero would compare as equal, and has gradients that no later step has.
-    """
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.ndim > 1:
-                p.normal_(std=p[0].numel() ** -0.5)
-    return net
-
-
-def plainly(net):
-    """The same U-Net from plain operations, its modules changed in place."""
-    plain = {
-        unet.ResBlock: PlainResBlock,
-        unet.Attention: PlainAttention,
-        nn.SiLU: PlainSiLU,
-    }
-    for module in net.modules():
-        module.__class__ = plain.get(type(module), type(module))
-    return net
-
-
-class PlainSiLU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(x)
-
-
-class PlainResBlock(unet.ResBlock):
-    def forward(self, x, emb):
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm1(x)
-        h = self.conv1(h * torch.sigmoid(h))
-        h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(self.dropout(h * torch.sigmoid(h)))
-
-
-class PlainAttention(unet.Attention):
-    def forward(self, x):
-        B, C, H, W = x.shape
-        d = C // self.heads
-        qkv = self.qkv(self.norm(x).flatten(2))
-        q, k, v = qkv.view(B * self.heads, 3 * d, H * W).chunk(3, dim=1)
-        weight = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(d), dim=-1)
-        h = (v @ weight.transpose(1, 2)).reshape(B, C, H * W)
-        return x + self.proj(h).view(B, C, H, W)
-
-
-def both(*calls):
-    """One call after the other."""
-
-    def call():
-        for one in calls:
-            one()
-
-    return call
-
-
 # ---- LPIPS ----
 
 
@@ -293,37 +184,6 @@ def lpips_row(pair, device, target, tolerance):
     n = batch(device) // 2
     ours, piqs = (forward_backward(metric, device, n) for metric in pair)
     return Row(ours, piqs, target, tolerance)
-
-
-def lpips_pair(device, folder):
-    """(ours, piq's) with the same random weights, both of x0_hat and x0 in [-1, 1]."""
-    torch.manual_seed(0)
-    vgg = random_vgg()
-    hub = folder / "hub/checkpoints"
-    hub.mkdir(parents=True, exist_ok=True)
-    state = {f"features.{key}": value for key, value in vgg.features.state_dict().items()}
-    torch.save(state, hub / "vgg16-397923af.pth")
-    weights = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
-    torch.save(weights, hub / "lpips_weights.pt")
-    with mock.patch.dict(os.environ, TORCH_HOME=str(folder)):
-        ours = metrics.lpips().to(device)
-        with mock.patch("piq.perceptual.vgg16", lambda **how: vgg):
-            theirs = piq.LPIPS(replace_pooling=True, reduction="none")
-
-    def piqs(x0_hat, x0):
-        return theirs(metrics.T(x0_hat), metrics.T(x0))
-
-    return ours, piqs
-
-
-def random_vgg():
-    with torch.device("meta"):  # the classifier, 494 of 528 MB, is never used
-        vgg = tv.vgg16()
-    vgg.features = tv.vgg.make_layers(tv.vgg.cfgs["D"])
-    for module in vgg.features:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    return vgg
 
 
 def in_bf16(metric):
@@ -408,23 +268,6 @@ def epoch_of_input(device, folder):
     return Row(work, load, ">= 20 x")
 
 
-class Cifar(Dataset):
-    """torchvision's CIFAR10 as one uses it: a Pillow image through transforms."""
-
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
-    )
-
-    def __init__(self, pixels):
-        self.pixels = pixels
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.pixels[i]))
-
-
 def start(device, folder, data="shapes", target="<= 2 s"):
     """python train.py on shapes, imports excluded: to its first step"""
 
@@ -481,31 +324,6 @@ def inception_bf16(device, folder):
     return inception_features(device, folder, BF16, ">= 2.5 x", 0.2)
 
 
-def published_inception():
-    """FID's network as torchvision and pytorch-fid have it, of random weights without a bias."""
-    kinds = [
-        blocks.BasicConv2d,
-        inception.InceptionA,
-        blocks.InceptionB,
-        inception.InceptionC,
-        blocks.InceptionD,
-        inception.InceptionE,
-        None,
-    ]
-    network = blocks.Inception3(
-        num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=kinds
-    )
-    network.Mixed_7c.pool = F.max_pool2d
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    network.fc.bias.data.zero_()
-    return network
-
-
 def frechet(device, folder):
     """the Frechet distance at 2048 dimensions; scipy's sqrtm of the product"""
     draw = np.random.default_rng(0)
@@ -522,7 +340,7 @@ def frechet(device, folder):
     return Row(lambda: fid.frechet_distance(m1, s1, m2, s2), published, ">= 10 x", 1e-8)
 
 
-def features(device, folder, n=400):
+def features(device, folder, n=200):
     """fid.py's features of images, and their statistics; the network's forwards alone"""
     network = inception.InceptionFeatures("random").to(device)
     images = torch.randint(0, 256, (50, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -683,142 +501,7 @@ def waits(run):
     return "never"
 
 
-# ---- measuring ----
-
-
-class Measured(NamedTuple):
-    """What came out of a row."""
-
-    work: float  # median, in the row's unit
-    reference: float | None
-    differ: float | None  # largest relative difference of what the two return
-    share: float | None  # of the convolutions' peak
-
-
-def measure(row, repeats, device):
-    """The row's calls, taken in turns -> Measured"""
-    calls = [row.work]
-    if row.reference:
-        calls.append(row.reference)
-    convolutions = []
-    if row.peak:
-        convolutions = peak_convolutions(device, row.peak[1])
-    every = [*calls, *(call for call, _ in convolutions)]
-    # a process of its own is as cold each time; elsewhere six turns, until a step takes no new
-    # memory from the system, page by page
-    warm = 0 if row.unit == "MB" else 6
-    seconds, results = interleaved(every, repeats, device, warm)
-    figures = results if row.unit == "MB" else seconds
-    reference = differ = share = None
-    work = statistics.median(figures[0])
-    if row.reference:
-        reference = statistics.median(figures[1])
-    if row.tolerance:
-        differ = difference(results[0][-1], results[1][-1])
-    if row.peak:
-        costs = [cost for _, cost in convolutions]
-        fastest = [min(times) for times in seconds[len(calls) :]]
-        best = max(cost / time for cost, time in zip(costs, fastest, strict=True))
-        share = row.peak[0] / work / best
-    return Measured(work, reference, differ, share)
-
-
-def interleaved(calls, repeats, device, warm=6):
-    """Each of `calls` in turn, `repeats` times after `warm` turns that do not count.
-
-    returns : (seconds, results), a list a call
-    """
-    seconds, results = [[] for _ in calls], [[] for _ in calls]
-    for repeat in range(-warm, repeats):
-        for call, times, values in zip(calls, seconds, results, strict=True):
-            begun = time.perf_counter()
-            value = call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 0:
-                times.append(time.perf_counter() - begun)
-                values.append(value)
-    return seconds, results
-
-
-def difference(a, b):
-    """The largest, over the largest number in b."""
-    a, b = as_float64(a), as_float64(b)
-    return float(np.abs(a - b).max() / np.abs(b).max())
-
-
-def as_float64(value):
-    if torch.is_tensor(value):
-        value = value.cpu()
-    return np.asarray(value, np.float64)
-
-
-def peak_convolutions(device, dtype):
-    """[(call, FLOPs)] of large 3 x 3 convolutions, forward and backward.
-
-    Channels last, which is never the slower layout.
-    """
-
-    def one(n, c, size):
-        conv = nn.Conv2d(c, c, 3, padding=1, bias=False, device=device, dtype=dtype)
-        conv = conv.to(memory_format=LAST)
-        x = torch.randn(n, c, size, size, device=device, dtype=dtype)
-        x = x.contiguous(memory_format=LAST)
-        gradient = torch.randn_like(x)
-        x.requires_grad_()
-
-        def call():
-            return torch.autograd.grad(conv(x), (x, conv.weight), gradient)
-
-        return call, 3 * 2 * n * c * c * 9 * size * size
-
-    return [one(32, 256, 16), one(8, 256, 64)]
-
-
-def flops(call):
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def batch(device):
-    return 128 if device.type == "cuda" else 8
-
-
 # ---- the script ----
-
-
-def print_line(name, row, repeats, device):
-    """The row's figures, beside what was asked of them."""
-    found = measure(row, repeats, device)
-    sign, bound, *unit = row.target.split()
-    if unit == ["s"]:
-        ratio = found.work
-    elif unit == ["x"]:
-        ratio = found.reference / found.work
-    else:
-        ratio = found.work / found.reference
-    met = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
-    reference = peak = differ = ""
-    if found.reference:
-        reference = f"{found.reference:.3f} {row.unit}"
-    if found.share:
-        least = row.peak[2]
-        peak = f"{found.share:.2f} "
-        if least:
-            peak += f">= {least}"
-            met &= found.share >= least
-    if found.differ is not None:
-        differ = f"{found.differ:.0e} <= {row.tolerance:.0e}"
-        met &= found.differ <= row.tolerance
-    work, verdict = f"{found.work:.3f} {row.unit}", "met" if met else "MISSED"
-    print_cells(name, work, reference, f"{ratio:.3f}", row.target, peak, differ, verdict)
-
-
-def print_cells(*cells):
-    widths = (18, 13, 13, 9, 11, 15, 18, 0)
-    line = "".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False))
-    print(line, flush=True)
 
 
 def main(argv=None):

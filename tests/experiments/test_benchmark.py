@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments import benchmark
+from experiments import benchmark, measuring, plain
 from support import cli
 from unet import ResBlock, UNet
 
@@ -27,10 +27,10 @@ def test_a_call_lets_the_real_loop_through_its_burst_and_leaves_the_log_alone(tm
 def test_the_reference_is_plain_and_in_fp32_whatever_the_work_computes_in():
     """It compares its outputs with the network's own before it is timed."""
     torch.manual_seed(0)
-    net = benchmark.randomised(UNet(3, 3, 32, **SMALL))
+    net = plain.randomised(UNet(3, 3, 32, **SMALL))
     net.bf16 = True
     weights = [p.detach().clone() for p in net.parameters()]
-    benchmark.network_step(net, CPU, plain=True)()
+    plain.network_step(net, CPU, plain=True)()
     assert net.bf16
     assert all(torch.equal(p, w) for p, w in zip(net.parameters(), weights, strict=True))
     assert type(net.middle[0]) is ResBlock
@@ -50,9 +50,9 @@ def test_the_reference_is_plain_and_in_fp32_whatever_the_work_computes_in():
 def test_a_ratio_is_a_speed_up_a_cost_or_the_time_itself(
     target, work, reference, ratio, verdict, monkeypatch, capsys
 ):
-    found = benchmark.Measured(work, reference, None, None)
-    monkeypatch.setattr(benchmark, "measure", lambda *how: found)
-    benchmark.print_line("a", benchmark.Row(None, None, target), 1, CPU)
+    found = measuring.Measured(work, reference, None, None)
+    monkeypatch.setattr(measuring, "measure", lambda *how: found)
+    measuring.print_line("a", measuring.Row(None, None, target), 1, CPU)
     said = capsys.readouterr().out
     assert ratio in said
     assert said.split()[-1] == verdict
@@ -62,10 +62,10 @@ def test_a_ratio_is_a_speed_up_a_cost_or_the_time_itself(
 def test_a_fast_row_that_differs_or_is_far_from_the_peak_is_missed(
     differ, share, monkeypatch, capsys
 ):
-    found = benchmark.Measured(1.0, 2.0, differ, share)
-    monkeypatch.setattr(benchmark, "measure", lambda *how: found)
-    row = benchmark.Row(None, None, ">= 1.5 x", 1e-5, (1, torch.float32, 0.72))
-    benchmark.print_line("a", row, 1, CPU)
+    found = measuring.Measured(1.0, 2.0, differ, share)
+    monkeypatch.setattr(measuring, "measure", lambda *how: found)
+    row = measuring.Row(None, None, ">= 1.5 x", 1e-5, (1, torch.float32, 0.72))
+    measuring.print_line("a", row, 1, CPU)
     assert capsys.readouterr().out.split()[-1] == "MISSED"
 
 

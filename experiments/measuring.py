@@ -1,0 +1,150 @@
+"""How a row of benchmark.py is timed, and the line that is printed of it."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    work: Callable
+    reference: Callable | None
+    target: str  # ">= 1.08 x": reference / work; "<= 1.02": work / reference; "<= 2 s": the work
+    tolerance: float | None = None  # of what the two return; None: not compared
+    peak: tuple | None = None  # (FLOPs of the work, dtype, the least share of the peak or None)
+    unit: str = "s"  # or "MB", which the two return
+
+
+class Measured(NamedTuple):
+    """What came out of a row."""
+
+    work: float  # median, in the row's unit
+    reference: float | None
+    differ: float | None  # largest relative difference of what the two return
+    share: float | None  # of the convolutions' peak
+
+
+def print_line(name, row, repeats, device):
+    """The row's figures, beside what was asked of them."""
+    found = measure(row, repeats, device)
+    sign, bound, *unit = row.target.split()
+    if unit == ["s"]:
+        ratio = found.work
+    elif unit == ["x"]:
+        ratio = found.reference / found.work
+    else:
+        ratio = found.work / found.reference
+    met = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
+    reference = peak = differ = ""
+    if found.reference:
+        reference = f"{found.reference:.3f} {row.unit}"
+    if found.share:
+        least = row.peak[2]
+        peak = f"{found.share:.2f} "
+        if least:
+            peak += f">= {least}"
+            met &= found.share >= least
+    if found.differ is not None:
+        differ = f"{found.differ:.0e} <= {row.tolerance:.0e}"
+        met &= found.differ <= row.tolerance
+    work, verdict = f"{found.work:.3f} {row.unit}", "met" if met else "MISSED"
+    print_cells(name, work, reference, f"{ratio:.3f}", row.target, peak, differ, verdict)
+
+
+def print_cells(*cells):
+    widths = (18, 13, 13, 9, 11, 15, 18, 0)
+    line = "".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False))
+    print(line, flush=True)
+
+
+def measure(row, repeats, device):
+    """The row's calls, taken in turns -> Measured"""
+    calls = [row.work]
+    if row.reference:
+        calls.append(row.reference)
+    convolutions = []
+    if row.peak:
+        convolutions = peak_convolutions(device, row.peak[1])
+    every = [*calls, *(call for call, _ in convolutions)]
+    # a process of its own is as cold each time; elsewhere six turns, until a step takes no new
+    # memory from the system, page by page
+    warm = 0 if row.unit == "MB" else 6
+    seconds, results = interleaved(every, repeats, device, warm)
+    figures = results if row.unit == "MB" else seconds
+    reference = differ = share = None
+    work = statistics.median(figures[0])
+    if row.reference:
+        reference = statistics.median(figures[1])
+    if row.tolerance:
+        differ = difference(results[0][-1], results[1][-1])
+    if row.peak:
+        costs = [cost for _, cost in convolutions]
+        fastest = [min(times) for times in seconds[len(calls) :]]
+        best = max(cost / time for cost, time in zip(costs, fastest, strict=True))
+        share = row.peak[0] / work / best
+    return Measured(work, reference, differ, share)
+
+
+def interleaved(calls, repeats, device, warm=6):
+    """Each of `calls` in turn, `repeats` times after `warm` turns that do not count.
+
+    returns : (seconds, results), a list a call
+    """
+    seconds, results = [[] for _ in calls], [[] for _ in calls]
+    for repeat in range(-warm, repeats):
+        for call, times, values in zip(calls, seconds, results, strict=True):
+            begun = time.perf_counter()
+            value = call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= 0:
+                times.append(time.perf_counter() - begun)
+                values.append(value)
+    return seconds, results
+
+
+def difference(a, b):
+    """The largest, over the largest number in b."""
+    a, b = as_float64(a), as_float64(b)
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def as_float64(value):
+    if torch.is_tensor(value):
+        value = value.cpu()
+    return np.asarray(value, np.float64)
+
+
+def peak_convolutions(device, dtype):
+    """[(call, FLOPs)] of large 3 x 3 convolutions, forward and backward.
+
+    Channels last, which is never the slower layout.
+    """
+
+    def one(n, c, size):
+        conv = nn.Conv2d(c, c, 3, padding=1, bias=False, device=device, dtype=dtype)
+        conv = conv.to(memory_format=torch.channels_last)
+        x = torch.randn(n, c, size, size, device=device, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        gradient = torch.randn_like(x)
+        x.requires_grad_()
+
+        def call():
+            return torch.autograd.grad(conv(x), (x, conv.weight), gradient)
+
+        return call, 3 * 2 * n * c * c * 9 * size * size
+
+    return [one(32, 256, 16), one(8, 256, 64)]
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
