@@ -20,8 +20,8 @@ that goes on, and exits with 130; another, a second later or more, exits at once
 import sys
 from pathlib import Path
 
-import fid
 from diffusion import q_sample
+from features import reference_features
 from losses import Batch, objective, training_losses
 from support import cli, parallel
 from support.run import Run, pending
@@ -72,7 +72,8 @@ def main(argv=None):
         check_data(state, s, images)
     if network:
         network.to(device)
-        fid.reference(images, network)  # before the first step: it takes minutes, and can fail
+        # before the first step: it takes minutes, and can fail
+        reference_features(images, network)
     with cli.Stop() as stop:
         run = Run(s, folder, device, images, metrics, stop, network, state)
         state = None  # as large as the run itself

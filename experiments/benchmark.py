@@ -53,6 +53,7 @@ from experiments.plain import (
     published_inception,
     randomised,
 )
+from features import features_of
 from refiner import build_model
 from sample import Sampler, load_model, open_sampler, sampler_defaults
 from support import cli
@@ -351,7 +352,7 @@ def features(device, folder, n=200):
         for images in batches:
             network(images)
 
-    return Row(lambda: fid.features_of(batches, network, n, keep_pool=True), forwards, "<= 1.02")
+    return Row(lambda: features_of(batches, network, n, keep_pool=True), forwards, "<= 1.02")
 
 
 def kid(device, folder):
@@ -385,7 +386,7 @@ def memory(device, folder):
 def peak_memory(n, batch_size=250):
     """MB that this process took at most for the features of n images, by a network of no size."""
     images = torch.zeros(batch_size, 3, SIZE, SIZE, dtype=torch.uint8)
-    fid.features_of((images for _ in range(n // batch_size)), NoNetwork())
+    features_of((images for _ in range(n // batch_size)), NoNetwork())
     status = Path("/proc/self/status").read_text()  # Linux's; getrusage counts the parent's too
     return int(status.split("VmHWM:")[1].split()[0]) / 1000
 

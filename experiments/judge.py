@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from data import from_pixels, load_images
-from fid import batched, compare, features_of, judge_name
+from features import batched, features_of
+from fid import compare, judge_name
 from neighbours.judge import Judge, load_judge, save_judge
 from support import cli
 from support.draws import batch_indices, stream

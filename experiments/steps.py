@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import load_images, to_pixels
-from fid import batched, features_of
+from features import batched, features_of
 from inception import Rows
 from neighbours.judge import load_judge
 from neighbours.solvers import SPACINGS

@@ -20,6 +20,7 @@ import torch
 
 import fid
 from data import from_pixels
+from features import features_of, reference_features
 from losses import LAMBDAS
 from sample import open_sampler, sampler_defaults
 from support import cli, parallel, pictures
@@ -287,8 +288,8 @@ class Run:
         """
         n = self.settings["eval_samples"]
         kind = {"n": n} | {key: self.settings[key] for key in ("sampler", "sample_steps")}
-        reference = fid.reference(self.images, self.network)
-        found = fid.compare(fid.features_of(self.samples(n), self.network, n), reference)
+        reference = reference_features(self.images, self.network)
+        found = fid.compare(features_of(self.samples(n), self.network, n), reference)
         rows = [row for row in pictures.read_log(self.folder) if BEST_BY in row]
         rivals = [row for row in rows if is_of(kind, row)]
         if all(found[BEST_BY] < row[BEST_BY] for row in rivals):

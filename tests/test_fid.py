@@ -16,10 +16,20 @@ from torch import nn
 
 import fid
 from data import Images
+from features import (
+    Features,
+    Statistics,
+    batched,
+    features_of,
+    load_statistics,
+    reference_features,
+    save_statistics,
+)
 from made import random_pixels
 from refiner import DEFAULTS, build_model
 from runs import ROOT, done
 from sample import Sampler
+from scores import inception_score
 from support import cli
 from support.checkpoint import write_checkpoint
 
@@ -41,7 +51,7 @@ def pixels(n, size=8, seed=0):
 
 
 def batches(images, size):
-    return list(fid.batched(images, size))
+    return list(batched(images, size))
 
 
 class Tiny(nn.Module):
@@ -63,7 +73,7 @@ class Tiny(nn.Module):
 
 
 def features(images, batch_size=9):
-    return fid.features_of(batches(images, batch_size), Tiny())
+    return features_of(batches(images, batch_size), Tiny())
 
 
 @pytest.fixture
@@ -102,7 +112,7 @@ def printed(capsys, *argv):
 def test_streamed_statistics_equal_numpys(batch_size):
     """Mean and unbiased covariance, whatever the batches and however far the mean from 0."""
     x = normal(100, 6) + 100
-    s = fid.Statistics()
+    s = Statistics()
     for rows in torch.from_numpy(x).split(batch_size):
         s.add(rows)
     mu, sigma = s.gaussian()
@@ -113,7 +123,7 @@ def test_streamed_statistics_equal_numpys(batch_size):
 def test_sums_of_two_accumulators_are_those_of_all_rows():
     """n, sum and outer add up, so that many devices can share the work."""
     x = torch.from_numpy(normal(30, 4))
-    a, b, merged = fid.Statistics(), fid.Statistics(), fid.Statistics()
+    a, b, merged = Statistics(), Statistics(), Statistics()
     a.add(x[:11])
     b.add(x[11:])
     merged.n, merged.sum, merged.outer = a.n + b.n, a.sum + b.sum, a.outer + b.outer
@@ -126,7 +136,7 @@ def test_sums_of_two_accumulators_are_those_of_all_rows():
 def test_features_that_are_not_finite_are_refused(value):
     """One bad feature is an error at once, not a NaN at the end."""
     with pytest.raises(ValueError, match="NaN or infinity"):
-        fid.Statistics().add(torch.tensor([[1.0, value]]))
+        Statistics().add(torch.tensor([[1.0, value]]))
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -151,10 +161,10 @@ def test_any_batch_size_and_order_give_the_same_numbers(batch_size, order):
 @pytest.mark.parametrize("batch_size", [3, 10, 64])
 def test_streamed_inception_score_equals_that_of_all_logits(monkeypatch, batch_size):
     """Splits are cut across batches."""
-    monkeypatch.setattr(fid, "SPLIT", 10)
+    monkeypatch.setattr("features.SPLIT", 10)
     images = pixels(35)
     _, _, logits = Tiny()(batches(images, 35)[0])
-    want = fid.inception_score(logits, 10)
+    want = inception_score(logits, 10)
     np.testing.assert_allclose(features(images, batch_size).score, want, rtol=1e-12)
 
 
@@ -164,17 +174,17 @@ def test_nothing_that_grows_with_the_images_is_kept_unless_asked_for():
     Of 22 images announced two could not be read.
     """
     assert features(pixels(20)).pool is None
-    pool = fid.features_of(batches(pixels(20), 4), Tiny(), 22, keep_pool=True).pool
+    pool = features_of(batches(pixels(20), 4), Tiny(), 22, keep_pool=True).pool
     assert pool.dtype == torch.float16 and pool.shape == (20, 12)
 
 
 def test_statistics_survive_their_file(tmp_path):
     """What is saved is what is read, under guided-diffusion's keys."""
     saved = features(pixels(20))
-    fid.save_statistics(tmp_path / "s.npz", saved)
+    save_statistics(tmp_path / "s.npz", saved)
     keys = {"mu", "sigma", "mu_s", "sigma_s", "n", "weights"}
     assert set(np.load(tmp_path / "s.npz").files) == keys
-    got = fid.load_statistics(tmp_path / "s.npz")
+    got = load_statistics(tmp_path / "s.npz")
     assert got.n == 20 and got.weights == saved.weights
     for name in ("mu", "sigma", "mu_s", "sigma_s"):
         np.testing.assert_array_equal(getattr(got, name), getattr(saved, name))
@@ -187,22 +197,22 @@ def test_reference_is_computed_once_per_data_network_and_precision(own_cache, mo
     """
     made = []
 
-    def features_of(*how, features_of=fid.features_of):
+    def counted(*how):
         made.append(1)
         return features_of(*how)
 
-    monkeypatch.setattr(fid, "features_of", features_of)
+    monkeypatch.setattr("features.features_of", counted)
     images = Images(pixels(10), None, "ten", "abcd")
-    first = fid.reference(images, Tiny())
-    np.testing.assert_array_equal(fid.reference(images, Tiny()).sigma, first.sigma)
+    first = reference_features(images, Tiny())
+    np.testing.assert_array_equal(reference_features(images, Tiny()).sigma, first.sigma)
     assert len(made) == 1
-    fid.reference(images._replace(fingerprint="ef01"), Tiny())
-    fid.reference(images, Tiny().bfloat16())
-    fid.reference(images, Tiny("other"))
+    reference_features(images._replace(fingerprint="ef01"), Tiny())
+    reference_features(images, Tiny().bfloat16())
+    reference_features(images, Tiny("other"))
     assert len(made) == 4
     [cached] = own_cache.glob("abcd-inception*float32.npz")
     cached.write_bytes(cached.read_bytes()[:-200])
-    np.testing.assert_array_equal(fid.reference(images, Tiny()).sigma, first.sigma)
+    np.testing.assert_array_equal(reference_features(images, Tiny()).sigma, first.sigma)
     assert len(made) == 5
 
 
@@ -213,7 +223,7 @@ def test_batches_hold_neighbours_of_one_size():
     """Images of different sizes are never mixed, keep their order, and fill their batches."""
     widths = [4, 4, 4, 5, 5, 4]
     images = [np.full((4, width, 3), i, np.uint8) for i, width in enumerate(widths)]
-    got = list(fid.batched(iter(images), 2))
+    got = list(batched(iter(images), 2))
     assert [tuple(b.shape) for b in got] == [(2, 3, 4, 4), (1, 3, 4, 4), (2, 3, 4, 5), (1, 3, 4, 4)]
     assert [int(image[0, 0, 0]) for batch in got for image in batch] == [0, 1, 2, 3, 4, 5]
 
@@ -227,7 +237,7 @@ def test_images_are_read_as_they_are_needed():
             opened.append(i)
             yield np.zeros((2, 2, 3), np.uint8)
 
-    next(fid.batched(images(), 5))
+    next(batched(images(), 5))
     assert len(opened) <= 6
 
 
@@ -242,7 +252,7 @@ def files(tmp_path):
         place = tmp_path / "folder" / ("deep" if i % 2 else ".")
         Image.fromarray(image).save(place / f"{i}.PNG")
     np.savez(tmp_path / "images.npz", arr_0=pixels(12, seed=1))
-    fid.save_statistics(tmp_path / "stats.npz", features(pixels(30, seed=2)))
+    save_statistics(tmp_path / "stats.npz", features(pixels(30, seed=2)))
     mu, sigma = gaussian(d=12)
     np.savez(tmp_path / "pytorch_fid.npz", mu=mu, sigma=sigma)
     (tmp_path / "model.pt").write_bytes(b"")
@@ -374,10 +384,10 @@ def test_counts_and_conventions_stand_beside_the_numbers(files, tiny, capsys):
 def test_the_distance_of_an_earlier_layer_is_never_called_fid(dims, name):
     """Nor is that of another maker's statistics, whose weights have no name."""
     rows = torch.from_numpy(normal(3000, dims))
-    sums = fid.Statistics()
+    sums = Statistics()
     sums.add(rows)
     for weights in ("inception-0", None):
-        side = fid.Features(*sums.gaussian(), n=3000, weights=weights)
+        side = Features(*sums.gaussian(), n=3000, weights=weights)
         assert list(fid.compare(side, side)) == [name, "n_a", "n_b"]
 
 
@@ -445,12 +455,12 @@ def test_precision_and_recall_of_many_images_are_left_out_unless_asked_for(
     monkeypatch.setattr(fid, "PAIRED", 10)
     kept = []
 
-    def features_of(*how, features_of=fid.features_of):
+    def noted(*how):
         found = features_of(*how)
         kept.append(found.pool is not None)
         return found
 
-    monkeypatch.setattr(fid, "features_of", features_of)
+    monkeypatch.setattr(fid, "features_of", noted)
     assert run(files / "folder", files / "images.npz", "--json", *flags) == 0
     out, err = capsys.readouterr()
     assert set(json.loads(out)) == keys
@@ -595,6 +605,15 @@ import os, sys
 import torch
 import fid
 from data import Images
+from features import (
+    Features,
+    Statistics,
+    batched,
+    features_of,
+    load_statistics,
+    reference_features,
+    save_statistics,
+)
 from support import cli, parallel
 from test_fid import Tiny, pixels
 fid.InceptionFeatures = Tiny
@@ -605,7 +624,7 @@ sys.exit(cli.run(fid.main))
 REFERENCE = """
 os.environ["XDG_CACHE_HOME"] += os.environ.get("RANK", "0")  # a home on each machine
 parallel.begin(torch.device("cpu"))
-statistics = fid.reference(Images(pixels(10), None, "ten", "abcd"), Tiny())
+statistics = reference_features(Images(pixels(10), None, "ten", "abcd"), Tiny())
 print(float(parallel.add(torch.tensor(statistics.sigma)).sum()) / parallel.size())
 """
 

@@ -12,6 +12,7 @@ from torchvision.models import Inception3
 
 import fid
 import inception
+from features import batched, features_of
 from inception import InceptionFeatures, layers_up_to, tf1_resize
 from made import random_pixels
 from runs import ROOT
@@ -106,7 +107,7 @@ def test_network_has_its_golden_values(tmp_path):
 
 
 def batches(images, size):
-    return list(fid.batched(images, size))
+    return list(batched(images, size))
 
 
 @pytest.mark.slow
@@ -193,7 +194,7 @@ def test_batch_size_and_order_move_the_network_by_less_than_a_millionth():
     images, other = random_pixels(12, 32, 32), random_pixels(9, 32, 32, seed=1) // 2
 
     def first_100(images, size):
-        found = fid.features_of(batches(images, size), net)
+        found = features_of(batches(images, size), net)
         pool = found.mu[:100], found.sigma[:100, :100]
         return pool, (found.mu_s[:100], found.sigma_s[:100, :100])
 

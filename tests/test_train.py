@@ -256,7 +256,7 @@ def undisturbed(tmp_path_factory):
         ("os.replace", INT, "checkpoint.pt"),
         ("support.pictures.save_grid", TERM, "checkpoint.pt"),  # in a grid
         ("sample.clean_estimates", INT, "checkpoint.pt"),
-        ("fid.features_of", TERM, "checkpoint.pt"),  # in an evaluation
+        ("support.run.features_of", TERM, "checkpoint.pt"),  # in an evaluation
         ("fid.frechet_distance", INT, "checkpoint.pt"),
         ("sample.clean_estimates", TERM, "samples_000002.png"),
         ("fid.frechet_distance", INT, "samples_000004.png"),  # in the last

@@ -122,8 +122,8 @@ def test_an_earlier_row_without_n_counts_as_one_of_as_many(earlier, best, tmp_pa
     """It is of a release that wrote none."""
     r = new_run(tmp_path, "--T", 4, "--model", "ddpm")
     r.write({"step": 1, "fid": earlier})
-    monkeypatch.setattr("fid.reference", lambda *_: None)
-    monkeypatch.setattr("fid.features_of", lambda *_: None)
+    monkeypatch.setattr("support.run.reference_features", lambda *_: None)
+    monkeypatch.setattr("support.run.features_of", lambda *_: None)
     monkeypatch.setattr("fid.compare", lambda *_: {"fid": 5.0})
     r.evaluate()
     assert (tmp_path / "best.pt").exists() == best
