@@ -9,6 +9,7 @@ import torch
 import fid
 from made import random_pixels
 from neighbours.judge import KIND, Judge, load_judge, name_of, save_judge
+from runs import done
 from support import cli
 
 SETTINGS = {"image_size": 16, "classes": 10, "channels": 8, "task": "classes"}
@@ -102,3 +103,16 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, judge, capsys):
     ):
         assert score(*argv, tmp_path / file[0], *file[1:]) == code
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_score_by_a_judge_as_one_does(tmp_path, judge):
+    """Each makes the features of half the images; KID, precision and recall need all rows."""
+    np.savez(tmp_path / "a.npz", arr_0=random_pixels(41, 16, 16))
+    np.savez(tmp_path / "b.npz", arr_0=random_pixels(30, 16, 16, seed=1) // 2)
+    sides = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    flags = ["--judge", tmp_path / "j.pt", "--batch-size", 4, "--json", "--device", "cpu"]
+    one, two = (json.loads(done("fid.py", *sides, *flags, processes=n)) for n in (1, 2))
+    assert {"kid_judge", "precision_judge", "recall_judge"} <= one.keys()
+    assert two.pop("weights") == one.pop("weights") == judge.name
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-7)
