@@ -34,7 +34,9 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -183,11 +185,16 @@ def check_sides(a, b):
 # ---- the two sides ----
 
 
-def open_side(source, a, device):
-    """Features of a statistics file, or else (uint8 batches [N, 3, H, W], number of images).
+class Side(NamedTuple):
+    """A or B: features where a file holds them, or else images that are still to come."""
 
-    The one place that tells the kinds apart.
-    """
+    n: int | None  # how many images; None: the file does not say
+    features: Features | None = None
+    batches: Iterator | None = None  # uint8 [N, 3, H, W]
+
+
+def open_side(source, a, device):
+    """The Side that `source` names; the one place that tells the kinds apart."""
     path = Path(source)
     if source not in DATASETS and not path.exists():
         raise FileNotFoundError(
@@ -196,11 +203,13 @@ def open_side(source, a, device):
         )
     if is_checkpoint(source):
         model, settings = open_model(a, path, device)
-        return sampled(open_sampler(a, model, settings), a.n, a.batch_size), a.n
+        batches = sampled(open_sampler(a, model, settings), a.n, a.batch_size)
+        return Side(a.n, batches=batches)
     if path.suffix == ".npz" and read_npz(path, ["mu"]):
-        return load_statistics(path)
+        features = load_statistics(path)
+        return Side(features.n, features)
     images = raw_images(source, a.data_dir, a.skip_bad)
-    return batched(images, a.batch_size), len(images)
+    return Side(len(images), batches=batched(images, a.batch_size))
 
 
 def is_checkpoint(source):
@@ -287,56 +296,83 @@ def parse_args(argv):
 def main(argv=None):
     """The scores of A against B, statistics for later, or both."""
     a = parse_args(argv)
-    if a.save_stats and not a.save_stats.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"{a.save_stats.absolute().parent} does not exist; "
-            "expected --save-stats in a folder that does; make it first"
-        )
+    check_folder(a.save_stats)
     device = parallel.begin(cli.open_device(a.device))
-    note = sys.stdout  # which begin() has closed to every rank but the first
-    if a.json and parallel.rank() == 0:
-        note = sys.stderr
     sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
-    with_images = [i for i, side in enumerate(sides) if not isinstance(side, Features)]
-    in_files = [side for side in sides if isinstance(side, Features)]
-    without_rows = [side for side in in_files if side.pool is None]
-    if a.precision_recall and without_rows:
+    if a.precision_recall and not all(map(gives_rows, sides)):
         raise ValueError(
             "--precision-recall, and A or B holds statistics alone; "
             "expected images, or statistics with rows, on both sides; leave it out"
         )
-    network = feature_network(a).to(device) if with_images else None
-    for side in in_files:
-        if network:
-            check_weights(side.weights, network.name)  # before hours of sampling
-    counts = [side.n if isinstance(side, Features) else side[1] for side in sides]
-    paired = len(sides) == 2 and not without_rows and a.weights != "random"
-    if paired:
-        dims = network.dims if network else len(in_files[0].mu)
-        paired = _affordable(*counts, dims, a.precision_recall)
-    saved = a.save_stats is not None and a.weights != "random" and (counts[0] or 0) <= PAIRED
-    if with_images and a.precision == "bf16":
-        exact, network = network, copy.deepcopy(network).bfloat16()
-        head, sides[with_images[0]] = _head(*sides[with_images[0]], device)
-    features = list(sides)
-    for i in with_images:
-        batches, n = sides[i]
-        features[i] = features_of(batches, network, n, paired or (saved and i == 0))
+    network = open_network(a, sides, device)
+    paired = are_paired(a, sides, network)
+    saved = a.save_stats is not None and a.weights != "random" and (sides[0].n or 0) <= PAIRED
+
+    exact, head = network, None
+    if network and a.precision == "bf16":
+        network = copy.deepcopy(exact).bfloat16()
+        first = 0 if sides[0].batches else 1
+        head, sides[first] = _head(sides[first], device)
+    features = []
+    for i, side in enumerate(sides):
+        keep = paired or (saved and i == 0)
+        features.append(side.features or features_of(side.batches, network, side.n, keep))
+
+    note = sys.stdout  # which begin() has closed to every rank but the first
+    if a.json and parallel.rank() == 0:
+        note = sys.stderr
     if a.save_stats:
         save_statistics(a.save_stats, features[0])
         print(f"statistics of {a.A} written to {a.save_stats.absolute()}", file=note)
+    if a.B:
+        print_scores(features, paired, a.json)
+    print(convention(features, network), file=note)
+    if head:
+        other = features[1 - first] if a.B else None
+        print(bf16_effect(head, exact, network, other), file=note)
+
+
+def check_folder(path):
+    if path and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"{path.absolute().parent} does not exist; "
+            "expected --save-stats in a folder that does; make it first"
+        )
+
+
+def open_network(a, sides, device):
+    """The network that makes the features, as it made those in files; None where files hold all."""
+    if not any(side.batches for side in sides):
+        return None
+    network = feature_network(a).to(device)
+    for side in sides:
+        if side.features:
+            check_weights(side.features.weights, network.name)  # before hours of sampling
+    return network
+
+
+def are_paired(a, sides, network):
+    """Whether KID, precision and recall are computed: both sides have rows, at a fair cost."""
+    if len(sides) < 2 or a.weights == "random" or not all(map(gives_rows, sides)):
+        return False
+    dims = network.dims if network else len(sides[0].features.mu)
+    return _affordable(*(side.n for side in sides), dims, a.precision_recall)
+
+
+def gives_rows(side):
+    return side.batches is not None or side.features.pool is not None
+
+
+def print_scores(features, paired, as_json):
+    """The scores of two Features, as one line; without those of rows where they are not paired."""
     if not paired:
         features = [side._replace(pool=None) for side in features]
-    result = compare(*features) if a.B else None
-    if result and a.json:
-        print(json.dumps(result | {"weights": features[0].weights or features[1].weights}))
-    elif result:
-        numbers = [f"{key} {v:.6g}" for key, v in result.items() if isinstance(v, float)]
+    found = compare(*features)
+    if as_json:
+        print(json.dumps(found | {"weights": features[0].weights or features[1].weights}))
+    else:
+        numbers = [f"{key} {value:.6g}" for key, value in found.items() if isinstance(value, float)]
         print("  ".join(numbers))
-    print(convention(features, network), file=note)
-    if with_images and a.precision == "bf16":
-        other = features[1 - with_images[0]] if a.B else None
-        print(bf16_effect(head, exact, network, other), file=note)
 
 
 def feature_network(a):
@@ -365,15 +401,15 @@ def _affordable(n_a, n_b, dims, asked):
     return asked
 
 
-def _head(batches, n, device):
+def _head(side, device):
     # the batches that hold the first 1,000 images of all ranks together, and the side as it was
     head, count = [], 0
-    for batch in batches:
+    for batch in side.batches:
         head.append(batch)
         count += int(parallel.add(torch.tensor(len(batch), device=device)))
         if count >= 1000:
             break
-    return head, (itertools.chain(head, batches), n)
+    return head, side._replace(batches=itertools.chain(head, side.batches))
 
 
 def bf16_effect(batches, exact, network, other=None):
