@@ -1,7 +1,7 @@
 """What every score is computed from: a side's features, their mean and covariance.
 
 A side is a set of images.  Its features are the rows that a network such as Inception makes of
-them: pool [n, D], spatial [n, 2023] and logits [n, 1008].
+them: pool [n, D], spatial [n, 2023] and logits [n, 1008]; a judge's are pool alone.
 """
 
 import contextlib
@@ -35,9 +35,11 @@ class Features(NamedTuple):
 
 @torch.inference_mode()
 def features_of(batches, network, n=None, keep_pool=False):
-    """Features of uint8 batches [N, 3, H, W], whose sizes may differ, in constant memory.
+    """Features of uint8 batches [N, 3, H, W], whose sizes may differ.
 
-    n         : how many images there are at most; for the progress bar
+    In constant memory, but for the rows that keep_pool keeps.
+
+    n         : how many images there are at most: for the progress bar, and room for the rows
     keep_pool : keep the rows of pool too, in float16; n must be given
     ValueError below 2 images and where a feature is not finite.
     """
@@ -155,10 +157,10 @@ def batched(images, batch_size):
 KEPT = ("mu", "sigma", "mu_s", "sigma_s", "n", "weights", "pool")
 
 
-def reference_features(images, network, batch_size=50):
+def reference_features(images, network):
     """Features of a data.Images, without its pool.
 
-    Computed once, and kept under its fingerprint, the network's name and its precision.
+    Computed once, and kept under the images' fingerprint, the network's name and its precision.
     """
     path, found = None, None
     if parallel.rank() == 0:
@@ -172,7 +174,7 @@ def reference_features(images, network, batch_size=50):
             )
     found = parallel.same(found)
     if found is None:
-        found = features_of(batched(images.pixels, batch_size), network, len(images.pixels))
+        found = features_of(batched(images.pixels, 50), network, len(images.pixels))
         save_statistics(path, found)
     return found
 

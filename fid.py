@@ -50,7 +50,7 @@ from support.files import read_npz
 from support.models import neighbours
 
 POOL = 2048  # features of pool_3
-PAIRED = 50_000  # images a side up to which KID, precision and recall are always computed
+MOST_ROWS = 50_000  # images a side up to which KID, precision and recall are always computed
 
 
 def compare(a, b):
@@ -67,6 +67,40 @@ def compare(a, b):
         if features.n is not None:
             found[name] = features.n
     return found
+
+
+def check_sides(a, b):
+    """ValueError where different networks made the two; warns below 2,048 images, and the like."""
+    check_weights(a.weights, b.weights)
+    for n in {a.n, b.n} - {None}:
+        if n < STEADY:
+            warnings.warn(
+                f"{n} images are few: below {STEADY:,} FID is far too high; "
+                "compare only at equal n",
+                stacklevel=3,
+            )
+    random = random_weights(a, b)
+    last = a.n % SPLIT if a.score else 0
+    if last and a.n > SPLIT and not random:
+        warnings.warn(
+            f"the last split of the Inception Score holds {last:,} images, "
+            f"not {SPLIT:,}, and distorts it; score a multiple of {SPLIT:,}",
+            stacklevel=3,
+        )
+    if random:
+        warnings.warn(
+            "the weights are random: these distances are no FID and say nothing about quality",
+            stacklevel=3,
+        )
+
+
+def check_weights(one, other):
+    """ValueError where two names of weights, as far as they are known, are not the same."""
+    if one and other and one != other:
+        raise ValueError(
+            f"statistics of the weights {one} and of {other}; expected the same; "
+            "make both with the same --weights, --dims or --judge"
+        )
 
 
 def score_fid(a, b):
@@ -148,40 +182,6 @@ def kind_of_weights(a, b):
     return weights.rpartition("-")[0]
 
 
-def check_weights(one, other):
-    """ValueError where two names of weights, as far as they are known, are not the same."""
-    if one and other and one != other:
-        raise ValueError(
-            f"statistics of the weights {one} and of {other}; expected the same; "
-            "make both with the same --weights, --dims or --judge"
-        )
-
-
-def check_sides(a, b):
-    """ValueError where different networks made the two; warns below 2,048 images, and the like."""
-    check_weights(a.weights, b.weights)
-    for n in {a.n, b.n} - {None}:
-        if n < STEADY:
-            warnings.warn(
-                f"{n} images are few: below {STEADY:,} FID is far too high; "
-                "compare only at equal n",
-                stacklevel=3,
-            )
-    random = random_weights(a, b)
-    last = a.n % SPLIT if a.score else 0
-    if last and a.n > SPLIT and not random:
-        warnings.warn(
-            f"the last split of the Inception Score holds {last:,} images, "
-            f"not {SPLIT:,}, and distorts it; score a multiple of {SPLIT:,}",
-            stacklevel=3,
-        )
-    if random:
-        warnings.warn(
-            "the weights are random: these distances are no FID and say nothing about quality",
-            stacklevel=3,
-        )
-
-
 # ---- the two sides ----
 
 
@@ -249,7 +249,7 @@ def parse_args(argv):
     what.add_argument(
         "--precision-recall",
         action="store_true",
-        help=f"KID, precision and recall also of more than {PAIRED:,} images a side",
+        help=f"KID, precision and recall also of more than {MOST_ROWS:,} images a side",
     )
     what.add_argument(
         "--skip-bad",
@@ -266,7 +266,7 @@ def parse_args(argv):
     sampler_flags(how)
     where = p.add_argument_group("where")
     where.add_argument("--data-dir", type=Path, help="where a named data set lies")
-    text = f"save A's statistics, and up to {PAIRED:,} images the rows that KID is taken from"
+    text = f"save A's statistics, and up to {MOST_ROWS:,} images the rows that KID is taken from"
     where.add_argument("--save-stats", type=Path, metavar="FILE.npz", help=text)
     where.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, everything else on stderr"
@@ -305,17 +305,19 @@ def main(argv=None):
             "expected images, or statistics with rows, on both sides; leave it out"
         )
     network = open_network(a, sides, device)
-    paired = are_paired(a, sides, network)
-    saved = a.save_stats is not None and a.weights != "random" and (sides[0].n or 0) <= PAIRED
+    by_rows = takes_rows(a, sides, network)
+    save_rows = False
+    if a.save_stats and a.weights != "random":
+        save_rows = (sides[0].n or 0) <= MOST_ROWS
 
     exact, head = network, None
     if network and a.precision == "bf16":
         network = copy.deepcopy(exact).bfloat16()
-        first = 0 if sides[0].batches else 1
+        first = 0 if sides[0].batches is not None else 1
         head, sides[first] = _head(sides[first], device)
     features = []
     for i, side in enumerate(sides):
-        keep = paired or (saved and i == 0)
+        keep = by_rows or (save_rows and i == 0)
         features.append(side.features or features_of(side.batches, network, side.n, keep))
 
     note = sys.stdout  # which begin() has closed to every rank but the first
@@ -325,7 +327,7 @@ def main(argv=None):
         save_statistics(a.save_stats, features[0])
         print(f"statistics of {a.A} written to {a.save_stats.absolute()}", file=note)
     if a.B:
-        print_scores(features, paired, a.json)
+        print_scores(features, by_rows, a.json)
     print(convention(features, network), file=note)
     if head:
         other = features[1 - first] if a.B else None
@@ -340,39 +342,19 @@ def check_folder(path):
         )
 
 
+def gives_rows(side):
+    return side.batches is not None or side.features.pool is not None
+
+
 def open_network(a, sides, device):
     """The network that makes the features, as it made those in files; None where files hold all."""
-    if not any(side.batches for side in sides):
+    if not any(side.batches is not None for side in sides):
         return None
     network = feature_network(a).to(device)
     for side in sides:
         if side.features:
             check_weights(side.features.weights, network.name)  # before hours of sampling
     return network
-
-
-def are_paired(a, sides, network):
-    """Whether KID, precision and recall are computed: both sides have rows, at a fair cost."""
-    if len(sides) < 2 or a.weights == "random" or not all(map(gives_rows, sides)):
-        return False
-    dims = network.dims if network else len(sides[0].features.mu)
-    return _affordable(*(side.n for side in sides), dims, a.precision_recall)
-
-
-def gives_rows(side):
-    return side.batches is not None or side.features.pool is not None
-
-
-def print_scores(features, paired, as_json):
-    """The scores of two Features, as one line; without those of rows where they are not paired."""
-    if not paired:
-        features = [side._replace(pool=None) for side in features]
-    found = compare(*features)
-    if as_json:
-        print(json.dumps(found | {"weights": features[0].weights or features[1].weights}))
-    else:
-        numbers = [f"{key} {value:.6g}" for key, value in found.items() if isinstance(value, float)]
-        print("  ".join(numbers))
 
 
 def feature_network(a):
@@ -384,9 +366,17 @@ def feature_network(a):
     return InceptionFeatures(a.weights, a.dims)
 
 
+def takes_rows(a, sides, network):
+    """Whether KID, precision and recall are computed: both sides have rows, at a fair cost."""
+    if len(sides) < 2 or a.weights == "random" or not all(map(gives_rows, sides)):
+        return False
+    dims = network.dims if network else len(sides[0].features.mu)
+    return _affordable(*(side.n for side in sides), dims, a.precision_recall)
+
+
 def _affordable(n_a, n_b, dims, asked):
     # whether KID, precision and recall are computed; what they cost is said where it is much
-    if max(n_a, n_b) <= PAIRED:
+    if max(n_a, n_b) <= MOST_ROWS:
         return True
     gigabytes = 2 * dims * (n_a + n_b) / 1e9  # float16
     operations = 2 * dims * (n_a**2 + n_a * n_b + n_b**2) / 1e12
@@ -412,18 +402,16 @@ def _head(side, device):
     return head, side._replace(batches=itertools.chain(head, side.batches))
 
 
-def bf16_effect(batches, exact, network, other=None):
-    """One line: the distance of the same images to `other`, by both networks.
-
-    Without `other` it is the distance to themselves in fp32.
-    """
-    fp32, bf16 = features_of(batches, exact), features_of(batches, network)
-    other = other or fp32
-    before, after = (frechet_distance(x.mu, x.sigma, other.mu, other.sigma) for x in (fp32, bf16))
-    return (
-        f"bf16 moved the distance of the first {fp32.n} images by {after - before:+.4f} "
-        f"({before:.4f} in fp32, {after:.4f} in bf16)"
-    )
+def print_scores(features, by_rows, as_json):
+    """The scores of two Features, as one line; without those of rows where they are not by_rows."""
+    if not by_rows:
+        features = [side._replace(pool=None) for side in features]
+    found = compare(*features)
+    if as_json:
+        print(json.dumps(found | {"weights": features[0].weights or features[1].weights}))
+    else:
+        numbers = [f"{key} {value:.6g}" for key, value in found.items() if isinstance(value, float)]
+        print("  ".join(numbers))
 
 
 def convention(features, network):
@@ -441,6 +429,20 @@ def convention(features, network):
         else ""
     )
     return f"{counts}; {made}; covariances / (n - 1){splits}"
+
+
+def bf16_effect(batches, exact, network, other=None):
+    """One line: the distance of the same images to `other`, by both networks.
+
+    Without `other` it is the distance to themselves in fp32.
+    """
+    fp32, bf16 = features_of(batches, exact), features_of(batches, network)
+    other = other or fp32
+    before, after = (frechet_distance(x.mu, x.sigma, other.mu, other.sigma) for x in (fp32, bf16))
+    return (
+        f"bf16 moved the distance of the first {fp32.n} images by {after - before:+.4f} "
+        f"({before:.4f} in fp32, {after:.4f} in bf16)"
+    )
 
 
 if __name__ == "__main__":

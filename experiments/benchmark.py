@@ -36,23 +36,23 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import fid
 import inception
 import metrics
 import scores
 import train
 from data import Images, from_pixels
-from experiments.measuring import Row, flops, interleaved, print_cells, print_line
-from experiments.plain import (
+from experiments.measuring import (
     SIZE,
-    Cifar,
-    batch,
-    both,
-    lpips_pair,
-    network_step,
-    published_inception,
+    Row,
+    batch_size,
+    flops,
+    in_turn,
+    interleaved,
+    print_cells,
+    print_line,
     randomised,
 )
+from experiments.plain import Cifar, lpips_pair, network_step, published_inception
 from features import features_of
 from refiner import build_model
 from sample import Sampler, load_model, open_sampler, sampler_defaults
@@ -88,7 +88,7 @@ def cascade(device, folder):
     """the full Cas-DM step; theta's step and phi's step"""
     run = Steps(device, folder)
     theta, phi = (network_step(net, device) for net in run.raw_model.children())
-    return Row(run, both(theta, phi), "<= 1.02")
+    return Row(run, in_turn(theta, phi), "<= 1.02")
 
 
 def casdm_lpips(device, folder, precision="fp32", target="<= 0.95"):
@@ -99,8 +99,8 @@ def casdm_lpips(device, folder, precision="fp32", target="<= 0.95"):
     metric = {"lpips": (0.1, metrics.OnX0(ours))}
     run = Steps(device, folder, metric, precision=precision)
     theta, phi = (network_step(net, device, plain=True) for net in run.raw_model.children())
-    piqs = forward_backward(piqs, device, batch(device))
-    return Row(run, both(theta, phi, piqs), target)
+    piqs = forward_backward(piqs, device, batch_size(device))
+    return Row(run, in_turn(theta, phi, piqs), target)
 
 
 def casdm_lpips_bf16(device, folder):
@@ -138,7 +138,7 @@ class Steps(Run):
     burst = 1
 
     def __init__(self, device, folder, metrics=None, **settings):
-        n = batch(device)
+        n = batch_size(device)
         pixels = np.random.default_rng(0).integers(0, 256, (4 * n, SIZE, SIZE, 3), np.uint8)
         images = Images(pixels, None, "noise", "0")
         fixed = {
@@ -182,7 +182,7 @@ def lpips_bf16(device, folder):
 
 
 def lpips_row(pair, device, target, tolerance):
-    n = batch(device) // 2
+    n = batch_size(device) // 2
     ours, piqs = (forward_backward(metric, device, n) for metric in pair)
     return Row(ours, piqs, target, tolerance)
 
@@ -224,7 +224,7 @@ def forward_backward(metric, device, n):
 def ddim(device, folder):
     """the DDIM loop, 100 steps; the bare network's forwards"""
     model = randomised(build_model({"model": "ddpm"})).to(device).eval()
-    sampler, n = Sampler(model, SIZE, steps=100), batch(device) // 8
+    sampler, n = Sampler(model, SIZE, steps=100), batch_size(device) // 8
     x = torch.randn(n, 3, SIZE, SIZE, device=device)
     t = torch.linspace(0, 1000, n, device=device)
 
@@ -303,9 +303,9 @@ def inception_features(device, folder, dtype=FP32, target=">= 1.4 x", tolerance=
     torch.manual_seed(0)
     published = published_inception()
     torch.save(published.state_dict(), folder / "inception.pth")
-    ours = fid.InceptionFeatures(folder / "inception.pth").to(device, dtype)
+    ours = inception.InceptionFeatures(folder / "inception.pth").to(device, dtype)
     published = published.to(device).eval()
-    shape = (2 * batch(device), 3, SIZE, SIZE)
+    shape = (2 * batch_size(device), 3, SIZE, SIZE)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
     @torch.inference_mode()
@@ -338,7 +338,7 @@ def frechet(device, folder):
         root = scipy.linalg.sqrtm(s1 @ s2).real
         return np.sum((m1 - m2) ** 2) + np.trace(s1 + s2 - 2 * root)
 
-    return Row(lambda: fid.frechet_distance(m1, s1, m2, s2), published, ">= 10 x", 1e-8)
+    return Row(lambda: scores.frechet_distance(m1, s1, m2, s2), published, ">= 10 x", 1e-8)
 
 
 def features(device, folder, n=200):
@@ -447,7 +447,7 @@ VARIANTS = {
 
 def gpu(device, folder, repeats):
     """the Cas-DM step: images/s, TFLOP/s, its share of matmul's, whether it waits for the GPU"""
-    n = batch(device)
+    n = batch_size(device)
     title = f"Cas-DM step, batch {n}"
     print(f"\n{title:31}  images/s   TFLOP/s  of matmul  x plain   waits for the GPU")
     plain = plain_casdm(device)
@@ -476,7 +476,7 @@ def print_step(name, images, rate, peak, speed_up, waits=""):
 def plain_casdm(device):
     """theta's and phi's steps, both written plainly."""
     model = randomised(build_model({})).to(device)
-    return both(*(network_step(net, device, plain=True) for net in model.children()))
+    return in_turn(*(network_step(net, device, plain=True) for net in model.children()))
 
 
 def seconds_a_step(call, steps, how, repeats, device):

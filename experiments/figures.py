@@ -9,7 +9,7 @@ rows.png        Table 1's rows, one a line, every column from the same noise
 gate.png        r_t over t: how much of a step comes from x0', and how much should
 refined.png     figure 2's trace of Cas-DM + metric
 curves.png      FID-768 against sampling steps, and against training iterations
-expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; its losses are printed
+expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; prints its log's means
 """
 
 import statistics
@@ -24,9 +24,8 @@ import sample
 from data import from_pixels, shapes, to_pixels
 from diffusion import SCHEDULES, clean_estimates, evenly, q_sample
 from experiments import table1
-from experiments.rows import CURVES, REAL, STEPS
-from experiments.rows import ROWS as TABLE_ROWS
-from experiments.tables import SCORES, curve, markdown, print_header, scores_of
+from experiments.rows import CURVES, REAL, ROWS, STEPS
+from experiments.tables import PRINTED, curve, markdown, print_header, scores_of, standard_error
 from neighbours.solvers import SPACINGS
 from support import cli
 from support.draws import stream
@@ -36,11 +35,11 @@ from support.pictures import pyplot, read_log, save_figure
 from support.run import grid_path
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-ROWS = [row for group, row in TABLE_ROWS if group == "table 1" and row != REAL]
+TABLE1 = [row for group, row in ROWS if group == "table 1" and row != REAL]
 MILESTONES = (100, 300, 600, 1200)  # training steps
 # Whose r_t is drawn.
 GATED = [
-    *(row for row in ROWS if row.startswith(("Dual", "Cas-DM"))),
+    *(row for row in TABLE1 if row.startswith(("Dual", "Cas-DM"))),
     "L_mu / coef1^2, clamped",
 ]
 
@@ -94,9 +93,9 @@ def draw_rows(experiment, path, columns=14):
 
     Image i starts from the same noise in each.
     """
-    size = (0.75 * columns, 0.78 * len(ROWS))
-    figure, axes = pyplot().subplots(len(ROWS), 1, figsize=size)
-    for axis, row in zip(axes, ROWS, strict=True):
+    size = (0.75 * columns, 0.78 * len(TABLE1))
+    figure, axes = pyplot().subplots(len(TABLE1), 1, figsize=size)
+    for axis, row in zip(axes, TABLE1, strict=True):
         drawn = experiment.place(row, 0) / f"{STEPS[0]}.npz"
         drawn = existing(drawn, "run's samples, which experiments/table1.py draws")
         images = np.load(drawn)["arr_0"][:columns]
@@ -168,7 +167,7 @@ def draw_curves(experiment, path):
                 at_iterations[experiment.preset.iterations * share] = values
         draw_points(by_steps, at_steps, row)
         draw_points(by_iterations, at_iterations, row)
-    score = SCORES[scores_of(lines)[0]].name
+    score = PRINTED[scores_of(lines)[0]].name
     by_steps.set(xscale="log", xlabel="sampling steps", ylabel=score)
     by_iterations.set(xscale="log", xlabel="iterations", ylabel=f"{score}, {fewest} steps")
     for axis in (by_steps, by_iterations):
@@ -187,14 +186,8 @@ def draw_points(axis, points, label):
     axis.errorbar(x, means, errors, marker="o", capsize=3, label=label)
 
 
-def standard_error(values):
-    if len(values) == 1:
-        return 0
-    return np.std(values, ddof=1) / len(values) ** 0.5
-
-
 def draw_expected(runs, path):
-    """A column a run: its first samples after each of MILESTONES; and its losses, printed.
+    """A column a run: its first samples after each of MILESTONES; prints what its log says there.
 
     runs : the folders of runs of train.py with --sample-every 100
     """
@@ -207,12 +200,12 @@ def draw_expected(runs, path):
             axis.imshow(grid[: len(grid) // 4])  # two of its eight rows of images
             axis.set(xticks=[], yticks=[], ylabel=f"step {step:,}")
         column[0].set_title(run.name)
-        print_losses(run)
+        print_log(run)
     save(figure, path)
 
 
-def print_losses(run, over=50):
-    """The means of the log's terms over so many steps before each of MILESTONES."""
+def print_log(run, over=50):
+    """The means of the log's losses and images a second, over so many steps before MILESTONES."""
     rows = [row for row in read_log(run) if "loss" in row]
     terms = [name for name in rows[0] if name not in ("step", "loss")]
     print(f"{run.name}\n")

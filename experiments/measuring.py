@@ -1,4 +1,4 @@
-"""How a row of benchmark.py is timed, and the line that is printed of it."""
+"""How a row of benchmark.py is made, timed and printed."""
 
 import statistics
 import time
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+SIZE = 32  # of the images, where a row does not say another
 
 
 class Row(NamedTuple):
@@ -148,3 +150,30 @@ def flops(call):
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
+
+
+def randomised(net):
+    """The same weights each time, none of them zero.
+
+    What starts at zero would compare as equal, and has gradients that no later step has.
+    """
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim > 1:
+                p.normal_(std=p[0].numel() ** -0.5)
+    return net
+
+
+def batch_size(device):
+    return 128 if device.type == "cuda" else 8
+
+
+def in_turn(*calls):
+    """One call after the other."""
+
+    def call():
+        for one in calls:
+            one()
+
+    return call

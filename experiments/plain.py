@@ -1,4 +1,4 @@
-"""What benchmark.py measures against: networks as one writes them at first, or as published."""
+"""What benchmark.py measures against: networks, a metric, a data set, plain or as published."""
 
 import copy
 import math
@@ -18,8 +18,7 @@ from torchvision.models import inception as blocks
 import inception
 import metrics
 import unet
-
-SIZE = 32  # of the images, where a row does not say another
+from experiments.measuring import SIZE, batch_size
 
 
 def network_step(net, device, plain=False):
@@ -30,7 +29,7 @@ def network_step(net, device, plain=False):
     net = copy.deepcopy(net)
     net.bf16 = False
     channels = net.input_blocks[0][0].in_channels
-    x = torch.randn(batch(device), channels, SIZE, SIZE, device=device)
+    x = torch.randn(batch_size(device), channels, SIZE, SIZE, device=device)
     t = torch.linspace(0, 1000, len(x), device=device)
     if plain:
         expected = net(x, t)
@@ -57,19 +56,6 @@ def network_step(net, device, plain=False):
             mean.mul_(0.9999).add_(w, alpha=0.0001)
 
     return call
-
-
-def randomised(net):
-    """The same weights each time, none of them zero.
-
-    What starts at zero would compare as equal, and has gradients that no later step has.
-    """
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.ndim > 1:
-                p.normal_(std=p[0].numel() ** -0.5)
-    return net
 
 
 def plainly(net):
@@ -107,16 +93,6 @@ class PlainAttention(unet.Attention):
         weight = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(d), dim=-1)
         h = (v @ weight.transpose(1, 2)).reshape(B, C, H * W)
         return x + self.proj(h).view(B, C, H, W)
-
-
-def both(*calls):
-    """One call after the other."""
-
-    def call():
-        for one in calls:
-            one()
-
-    return call
 
 
 def lpips_pair(device, folder):
@@ -190,7 +166,3 @@ class Cifar(Dataset):
 
     def __getitem__(self, i):
         return self.transform(Image.fromarray(self.pixels[i]))
-
-
-def batch(device):
-    return 128 if device.type == "cuda" else 8

@@ -1,4 +1,4 @@
-"""The rows of table1.py: the paper's Tables 1 to 4, our choices reversed, and curves."""
+"""The rows of table1.py: the paper's Tables 1 and 4, and what else a run of it can tell."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
     flags: str = ""
     variant: str = ""  # of variants.py
-    weights: str = ""  # the row whose checkpoint it starts from; without flags, what is sampled
+    begins_with: str = ""  # the row whose checkpoint it starts from; without flags, what is sampled
     share: float = 1  # of the preset's iterations
     steps: tuple | None = None  # of sampling, where they are not those of --steps
 
@@ -44,29 +44,35 @@ ROWS = {
     ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
     ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
     ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
-    ("table 3", "SSIM"): Row("--model casdm --metric ssim=0.1"),
-    ("table 3", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
-    ("table 3", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
-    ("table 3", "self-perceptual, eps^ derived"): Row(
+    ("other metrics", "SSIM"): Row("--model casdm --metric ssim=0.1"),
+    ("other metrics", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
+    ("other metrics", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
+    ("other metrics", "self-perceptual, eps^ derived"): Row(
         "--model casdm --self-perceptual FROZEN=0.1", "noise-derived"
     ),
     ("table 4", "Fix-Res"): Row(FIXRES),
     ("table 4", "Fix-Res + metric"): Row(f"{FIXRES} --metric METRIC=0.1"),
     ("table 4", "Fix-Res, concat"): Row(f"{FIXRES} --refiner-input x0+eps"),
 }
-for share in (0.25, 0.5, 0.75):
-    flags = f"{ROWS['table 1', 'Cas-DM + metric'].flags} --metric-until {share}"
-    ROWS["low noise", f"metric at t <= {share} T"] = Row(flags)
-for name in CURVES:
-    ROWS["curves", f"{name}, other steps"] = Row(weights=name, steps=(50, 20, 5))
-for share in (0.5, 2):
-    for name in CURVES:
-        ROWS["curves", f"{name}, {share} x the iterations"] = Row(
-            ROWS["table 1", name].flags,
-            weights=name if share > 1 else "",
-            share=share,
-            steps=(10,),
-        )
+ROWS |= {
+    ("low noise", f"metric at t <= {share} T"): Row(
+        f"--model casdm --metric METRIC=0.1 --metric-until {share}"
+    )
+    for share in (0.25, 0.5, 0.75)
+}
+ROWS |= {
+    ("curves", f"{name}, other steps"): Row(begins_with=name, steps=(50, 20, 5)) for name in CURVES
+}
+ROWS |= {
+    ("curves", f"{name}, {share} x the iterations"): Row(
+        ROWS["table 1", name].flags,
+        begins_with=name if share > 1 else "",
+        share=share,
+        steps=(10,),
+    )
+    for share in (0.5, 2)
+    for name in CURVES
+}
 
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
 PAPER = {
@@ -92,6 +98,6 @@ PAIRS = [
     ("Cas-DM", "DDPM (eps)"),
     ("Cas-DM", "DDPM (eps), Cas-DM's size"),
     ("Cas-DM", "Dual, Cas-DM's size"),
-    *((name, "Cas-DM") for group, name in ROWS if group in ("choices", "table 3")),
+    *((name, "Cas-DM") for group, name in ROWS if group in ("choices", "other metrics")),
     *((name, "Cas-DM + metric") for group, name in ROWS if group in ("lambda", "low noise")),
 ]

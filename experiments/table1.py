@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 4 on CIFAR-10, at a scale that one can afford, with error bars.
+"""The paper's Tables 1 and 4 on CIFAR-10, at a scale that one can afford, with error bars.
 
     python -m experiments.table1 --preset cpu --data images.npz       Table 1's runs, then the table
     python -m experiments.table1 --preset cpu --group all --seeds 1   all groups; one seed, not 3
@@ -11,9 +11,10 @@ and scored by fid.py: FID (`paper`) or FID-768, sFID and KID by Inception, and t
 of two judges of the same images (judge.py), which are trained first.  FID-768 is no FID: it takes
 768 features of a layer before FID's, and --weights may be a file of the layers up to it.
 
-Each finished run is one line of experiments/table1_PRESET.jsonl: its flags, its commit, its scores
-and the seconds of its last attempt.  A run that has its line is not made again, and what was killed
-goes on where it was; so does a run of twice the iterations, from where the row's own run ends.
+A finished run is a line of experiments/table1_PRESET.jsonl: its flags, its commit, its scores and
+the seconds of its last attempt.  What has its scores with every number of --steps is not made
+again, and a run that lacks one is sampled alone.  What was killed goes on where it was; so does a
+run of twice the iterations, from where the row's own run ends.
 Table 1 comes first, then the other groups, each seed by seed, so that what is there is comparable
 at any time.
 
@@ -49,15 +50,15 @@ import torch
 from tqdm import tqdm
 
 import data
-from experiments.rows import FROZEN, REAL, ROWS, STEPS, Row
-from experiments.tables import SCORES, table
+from experiments.rows import FROZEN, REAL, ROWS, STEPS
+from experiments.tables import PRINTED, table
 from support import cli
 from support.draws import stream
 from support.files import atomic, existing, save_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = ROOT / "fid.py"
-KEPT = ("precision", "recall")  # in the lines too, as is the deviation of each KID
+ALSO = ("precision", "recall")  # in the lines too, as is the deviation of each KID
 JUDGES = ("classes", "rotations")  # tasks of judge.py
 
 
@@ -98,7 +99,7 @@ class Experiment:
         self.folder = (folder or ROOT / "runs" / f"table1-{name}").absolute()
         self.results = (results or ROOT / "experiments" / f"table1_{name}.jsonl").absolute()
         vgg = Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")
-        self.metric = "lpips" if list(vgg) else "squeezenet"
+        self.metric = "lpips" if name == "paper" or list(vgg) else "squeezenet"
         self.rows = {row: how for (_, row), how in ROWS.items()}
         self.programs = Programs(jobs, self.folder / "output.log")
         self.labelled = True  # whether a judge of classes can be trained; `images` finds out
@@ -111,6 +112,7 @@ class Experiment:
         It goes on from wherever an earlier attempt got to.
         """
         how, begun = self.rows[row], time.monotonic()
+        missing = self.missing(row, seed)
         tqdm.write(f"{row}, seed {seed}")
         place = self.place(row, seed)
         place.mkdir(exist_ok=True)
@@ -128,12 +130,12 @@ class Experiment:
             first = self.preset.reference + seed * self.preset.samples
             self.save_real(images, first, self.preset.samples)
             score = self.score(images)
-            line |= {str(steps): score for steps in self.steps}
+            line |= {str(steps): score for steps in missing}
         else:
-            sampled = row if how.flags else how.weights
+            sampled = row if how.flags else how.begins_with
             checkpoint = self.train(sampled, seed)
             line["flags"] = " ".join(self.flags(sampled, seed))
-            for steps in how.steps or self.steps:
+            for steps in missing:
                 images = place / f"{steps}.npz"
                 if not images.exists():
                     self.sample(checkpoint, steps, seed, images, how.variant)
@@ -145,14 +147,14 @@ class Experiment:
     def train(self, row, seed):
         """The row's finished checkpoint; the run is made, or gone on with, if it is not there.
 
-        `weights` of a row names the row whose checkpoint it begins with: two goes equal one, at
+        `begins_with` of a row names the row whose checkpoint it begins with: two goes equal one, at
         half the cost.
         """
         how, place = self.rows[row], self.place(row, seed)
         checkpoint = place / "checkpoint.pt"
         with self.locks[place]:
-            if how.weights and not checkpoint.exists():
-                start = self.train(how.weights, seed).read_bytes()
+            if how.begins_with and not checkpoint.exists():
+                start = self.train(how.begins_with, seed).read_bytes()
                 with atomic(checkpoint) as f:
                     f.write(start)
             if checkpoint.exists():
@@ -205,7 +207,7 @@ class Experiment:
             said = json.loads(said)
             weights.append(said["weights"])
             for key, value in said.items():
-                if key.removesuffix("_std") in SCORES or key in KEPT:
+                if key.removesuffix("_std") in PRINTED or key in ALSO:
                     found[key] = value
         return found | {"weights": weights}
 
@@ -265,26 +267,31 @@ class Experiment:
         return images.pixels
 
     def lines(self):
-        """The finished runs, a line each; a later line of a run adds to what it has."""
+        """The finished runs, a line each; a later line of a run adds its scores to the first."""
         if not self.results.exists():
             return []
         found = {}
         for line in map(json.loads, self.results.read_text().splitlines()):
-            found.setdefault((line["row"], line["seed"]), {}).update(line)
+            run = line["row"], line["seed"]
+            found[run] = line | found.get(run, {})
         return list(found.values())
 
-    def wanted(self, group, seeds):
-        """The runs that lack a line, or steps in it: Table 1 first, then the rest, seed by seed."""
-        there = set()
+    def missing(self, row, seed):
+        """The numbers of sampling steps that the run is to be scored with, and is not yet."""
+        there = {}
         for line in self.lines():
-            how = self.rows.get(line["row"], Row())
-            if all(str(steps) in line for steps in how.steps or self.steps):
-                there.add((line["row"], line["seed"]))
+            if (line["row"], line["seed"]) == (row, seed):
+                there = line
+        wanted = self.rows[row].steps or self.steps
+        return [steps for steps in wanted if str(steps) not in there]
+
+    def wanted(self, group, seeds):
+        """The runs that lack a score: Table 1 first, then the rest, each seed by seed."""
         asked = [(mine, row) for mine, row in ROWS if group in (mine, "all")]
         first = [row for mine, row in asked if mine == "table 1"]
         rest = [row for mine, row in asked if mine != "table 1"]
         runs = [(row, seed) for rows in (first, rest) for seed in range(seeds) for row in rows]
-        return [run for run in runs if run not in there]
+        return [run for run in runs if self.missing(*run)]
 
 
 class Programs:

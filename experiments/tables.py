@@ -14,8 +14,8 @@ class Score(NamedTuple):
     times: int = 1
 
 
-# The first three are printed beside the paper's numbers, the rest in a table of their own.
-SCORES = {
+# MAIN's are printed beside the paper's numbers, the rest in a table of their own.
+PRINTED = {
     "fid": Score("FID", 2),
     "fid_768": Score("FID-768", 3),
     "sfid": Score("sFID", 2),
@@ -31,14 +31,21 @@ MAIN = ("fid", "fid_768", "sfid")
 def table(lines, steps):
     """Prints the rows' means over seeds, the differences of equal seeds, and the curves.
 
-    A column is one score with one of these numbers of sampling steps.  What has not all of them is
-    left out, but for the curves.
+    A column is one score with one of these numbers of sampling steps.  Every table but the curves
+    leaves out a line that lacks one of its columns.
+    ValueError where no line has those of the first table.
     """
     found = {}  # {row: {seed: line}}
     for line in lines:
         found.setdefault(line["row"], {})[line["seed"]] = line
     columns = [(str(n), score) for n in steps for score in scores_of(lines)]
-    others = [(str(n), score) for n in steps for score in SCORES if score not in MAIN]
+    others = [(str(n), score) for n in steps for score in PRINTED if score not in MAIN]
+    if not any(with_all(found, row, columns) for row in found):
+        has = sorted({int(key) for line in lines for key in line if key.isdigit()}, reverse=True)
+        raise ValueError(
+            f"no line has scores with all of {' and '.join(map(str, steps))} steps; "
+            f"the lines have {', '.join(map(str, has))}; name some of these by --steps"
+        )
     print(f"metric: {all_of(lines, 'metric')}; ", end="")
     print(f"{all_of(lines, 'n')} images a score; commits {all_of(lines, 'commit')}\n")
     print_rows(found, columns)
@@ -55,9 +62,8 @@ def all_of(lines, key):
 
 def print_rows(found, columns):
     """The means of each row, beside the paper's numbers."""
-    names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
-    print_header("row", "seeds", *names, "paper's FID, sFID")
-    for _, row in ROWS:
+    print_header("row", "seeds", *titles(columns), "paper's FID, sFID, 100 steps")
+    for row in own_rows():
         lines = with_all(found, row, columns).values()
         if not lines:
             continue
@@ -71,8 +77,7 @@ def print_rows(found, columns):
 
 def print_differences(found, columns):
     """The differences of PAIRS, of the seeds that both have, beside the paper's."""
-    names = [f"{SCORES[score].name}, {steps} steps" for steps, score in columns]
-    print_header("difference", "seeds", *names, "paper")
+    print_header("difference", "seeds", *titles(columns), "paper, 100 steps")
     for a, b in PAIRS:
         lines, others = with_all(found, a, columns), with_all(found, b, columns)
         seeds = sorted(lines.keys() & others.keys())
@@ -88,7 +93,7 @@ def print_differences(found, columns):
 
 
 def print_curves(lines):
-    """FID (or FID-768) of CURVES, as the picture of it has them."""
+    """FID (or FID-768) of the rows in CURVES: the numbers of figures.py's curves.png."""
     score = scores_of(lines)[0]
     curves = {row: curve(lines, row) for row in CURVES}
     points = {point for found in curves.values() for point in found}
@@ -99,7 +104,7 @@ def print_curves(lines):
     names = [f"{steps} steps" for _, steps in own]
     names += [f"{steps} steps, {share} x the iterations" for share, steps in others]
     print()
-    print_header(SCORES[score].name, *names)
+    print_header(PRINTED[score].name, *names)
     for row, found in curves.items():
         if found:
             values = [found.get(point) for point in (*own, *others)]
@@ -109,7 +114,7 @@ def print_curves(lines):
 def print_others(found, columns):
     """The scores beside FID and sFID, of the lines that have them."""
     rows = []
-    for _, row in ROWS:
+    for row in own_rows():
         lines = with_all(found, row, columns).values()
         if lines:
             values = [[line[steps][score] for line in lines] for steps, score in columns]
@@ -117,10 +122,17 @@ def print_others(found, columns):
             rows.append(markdown(row, len(lines), *cells))
     if rows:
         print()
-        print_header(
-            "row", "seeds", *(f"{SCORES[key].name}, {steps} steps" for steps, key in columns)
-        )
+        print_header("row", "seeds", *titles(columns))
         print("\n".join(rows))
+
+
+def own_rows():
+    """The rows that are sampled with the steps asked for, and not with steps of their own."""
+    return [row for (_, row), how in ROWS.items() if not how.steps]
+
+
+def titles(columns):
+    return [f"{PRINTED[score].name}, {steps} steps" for steps, score in columns]
 
 
 def with_all(found, row, columns):
@@ -135,12 +147,13 @@ def with_all(found, row, columns):
 def curve(lines, row):
     """{(share of the iterations, sampling steps): [FID or FID-768 of each seed]} of a row.
 
-    Of all that was sampled from it, or from it trained longer or shorter, and not under a variant.
+    From the row's own runs, from those trained longer or shorter, and with other steps; never under
+    a variant.
     """
     flags, score = ROWS["table 1", row].flags, scores_of(lines)[0]
     mine = {}
     for (_, name), how in ROWS.items():
-        if not how.variant and (how.weights == row or how.flags == flags):
+        if not how.variant and (how.begins_with == row or how.flags == flags):
             mine[name] = how
     found = {}
     for line in lines:
@@ -148,8 +161,9 @@ def curve(lines, row):
             continue
         share = mine[line["row"]].share
         for steps in filter(str.isdigit, line):
-            found.setdefault((share, int(steps)), []).append(line[steps][score])
-    return found
+            of_point = found.setdefault((share, int(steps)), {})
+            of_point[line["seed"]] = line[steps][score]
+    return {point: [*of_seeds.values()] for point, of_seeds in found.items()}
 
 
 def scores_of(lines):
@@ -170,11 +184,18 @@ def scores_of(lines):
 
 def spread(values, score, sign=""):
     """The mean, and its standard error where there is more than one value."""
-    _, digits, times = SCORES[score]
+    _, digits, times = PRINTED[score]
     mean = f"{times * statistics.mean(values):{sign}.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ± {times * statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return f"{mean} ± {times * standard_error(values):.{digits}f}"
+
+
+def standard_error(values):
+    """Of their mean; 0 for a single one."""
+    if len(values) == 1:
+        return 0
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def print_header(*cells):

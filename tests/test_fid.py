@@ -394,7 +394,7 @@ def test_the_distance_of_an_earlier_layer_is_never_called_fid(dims, name):
 @few
 def test_rows_of_a_are_saved_whatever_b_is(files, tiny, monkeypatch):
     """B has statistics alone, or too many images for KID."""
-    monkeypatch.setattr(fid, "PAIRED", 12)
+    monkeypatch.setattr(fid, "MOST_ROWS", 12)
     for b in ("stats.npz", "folder"):
         saved = files / "s.npz"
         np.savez(files / "many.npz", arr_0=pixels(13))
@@ -452,7 +452,7 @@ def test_precision_and_recall_of_many_images_are_left_out_unless_asked_for(
     flags, keys, says, files, tiny, monkeypatch, capsys
 ):
     """One line says so, and no feature is kept; with --precision-recall it names the cost."""
-    monkeypatch.setattr(fid, "PAIRED", 10)
+    monkeypatch.setattr(fid, "MOST_ROWS", 10)
     kept = []
 
     def noted(*how):
@@ -471,7 +471,7 @@ def test_precision_and_recall_of_many_images_are_left_out_unless_asked_for(
 def test_the_cost_of_precision_and_recall_is_named_before_it_is_paid(
     files, tiny, monkeypatch, capsys
 ):
-    monkeypatch.setattr(fid, "PAIRED", 10)
+    monkeypatch.setattr(fid, "MOST_ROWS", 10)
     monkeypatch.setattr(fid, "features_of", None)
     with pytest.raises(TypeError):
         fid.main([str(files / "folder"), str(files / "images.npz"), "--precision-recall"])

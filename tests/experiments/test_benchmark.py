@@ -27,7 +27,7 @@ def test_a_call_lets_the_real_loop_through_its_burst_and_leaves_the_log_alone(tm
 def test_the_reference_is_plain_and_in_fp32_whatever_the_work_computes_in():
     """It compares its outputs with the network's own before it is timed."""
     torch.manual_seed(0)
-    net = plain.randomised(UNet(3, 3, 32, **SMALL))
+    net = measuring.randomised(UNet(3, 3, 32, **SMALL))
     net.bf16 = True
     weights = [p.detach().clone() for p in net.parameters()]
     plain.network_step(net, CPU, plain=True)()

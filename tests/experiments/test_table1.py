@@ -80,7 +80,7 @@ def few_rows(monkeypatch):
         ("b", "matched"): Row("--model ddpm MATCHED"),
         ("b", "clamp"): Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
         ("b", rows.REAL): Row(),
-        ("b", "long"): Row("--model ddpm", weights="DDPM (eps)", share=2, steps=(5,)),
+        ("b", "long"): Row("--model ddpm", begins_with="DDPM (eps)", share=2, steps=(5,)),
     }
     monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
     for module in (table1, tables):
@@ -272,8 +272,8 @@ def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch)
         assert s["seed"] == 2
         assert s["iterations"] == experiment.preset.iterations * how.share
         assert set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
-        if how.weights:  # to go on with another run's checkpoint is that run, longer
-            assert how.flags == experiment.rows[how.weights].flags
+        if how.begins_with:  # to go on with another run's checkpoint is that run, longer
+            assert how.flags == experiment.rows[how.begins_with].flags
 
 
 @pytest.mark.slow
@@ -316,8 +316,10 @@ def test_a_run_that_lacks_steps_is_wanted_again_and_its_lines_are_one(work):
     assert ("Dual", 0) not in ten.wanted("table 1", 1)
     both = table1.Experiment("cpu", work.folder, work.lines)
     assert ("Dual", 0) in both.wanted("table 1", 1)
+    assert both.missing("Dual", 0) == [100]
     with open(work.lines, "a") as f:
-        f.write(json.dumps(line("Dual", **{"100": {"fid_768": 2.0}})) + "\n")
+        later = line("Dual", **{"100": {"fid_768": 2.0}}) | {"commit": "d"}
+        f.write(json.dumps(later) + "\n")
     assert ("Dual", 0) not in both.wanted("table 1", 1)
     assert both.lines() == [lines[0] | {"100": {"fid_768": 2.0}}]
 
@@ -355,16 +357,23 @@ def test_a_table_of_some_steps_takes_every_line_that_has_them(capsys):
     assert "| Dual | 1 | 1.000 | 2.00 | 1.000 | 2.00 | 6.52, 4.60 |" in capsys.readouterr().out
 
 
+def test_a_table_of_steps_that_no_line_has_is_refused():
+    lines = [line("Dual", 0, **{"10": {"fid_768": 1.0, "sfid": 2.0}})]
+    with pytest.raises(ValueError, match="all of 100 and 10 steps; the lines have 10; name some"):
+        tables.table(lines, (100, 10))
+
+
 def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(capsys):
     """Other steps, and other iterations of equal flags; nothing under a variant."""
 
-    def scored(row, value, *steps):
-        return line(row, **{str(n): {"fid_768": value + n, "sfid": 0.0} for n in steps})
+    def scored(row, value, *steps, seed=0):
+        return line(row, seed, **{str(n): {"fid_768": value + n, "sfid": 0.0} for n in steps})
 
     tables.table(
         [
             scored("Cas-DM", 0.25, 100, 10),
-            scored("Cas-DM", 0.75, 100, 10),
+            scored("Cas-DM", 0.75, 100, 10, seed=1),
+            scored("Cas-DM", 0.25, 50, 10),  # the same run, scored again
             scored("Cas-DM, other steps", 0, 50, 20, 5),
             scored("Cas-DM, 0.5 x the iterations", 0.125, 10),
             scored("Cas-DM + metric", 0.5, 100, 10),
@@ -387,7 +396,7 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
 def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
     """KID in thousandths; a line from before they were taken is in no other table's way."""
     scores = {"fid_768": 1.0, "sfid": 1.0}
-    every = {key: 0.002 for key in tables.SCORES if key not in tables.MAIN}
+    every = {key: 0.002 for key in tables.PRINTED if key not in tables.MAIN}
     lines = [line("Dual", seed, **{"100": scores, "10": scores}) for seed in (0, 1)]
     lines.append(line("Dual", 2, **{"100": scores | every, "10": scores | every}))
     tables.table(lines, (100, 10))
