@@ -158,7 +158,7 @@ def check(judge, held_out, labels, trained):
         kid, error = found[f"kid{kind}"], found[f"kid{kind}_std"]
         print(f"| {name} | {distance:.3f} | {1000 * kid:.3f} ± {1000 * error:.3f} |")
 
-    row("others that it was trained on", trained[:n])
+    row("trained on, not in the reference", trained[:n])
     row("held out", plain)
     for name, (spoil, amounts) in SPOILED.items():
         for amount in amounts:
