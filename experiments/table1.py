@@ -58,7 +58,6 @@ from support.files import atomic, existing, save_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = ROOT / "fid.py"
-ALSO = ("precision", "recall")  # in the lines too, as is the deviation of each KID
 JUDGES = ("classes", "rotations")  # tasks of judge.py
 
 
@@ -207,7 +206,7 @@ class Experiment:
             said = json.loads(said)
             weights.append(said["weights"])
             for key, value in said.items():
-                if key.removesuffix("_std") in PRINTED or key in ALSO:
+                if key.removesuffix("_std") in PRINTED:
                     found[key] = value
         return found | {"weights": weights}
 

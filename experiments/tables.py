@@ -20,6 +20,8 @@ PRINTED = {
     "fid_768": Score("FID-768", 3),
     "sfid": Score("sFID", 2),
     "kid": Score("KID x 1000", 2, 1000),
+    "precision": Score("precision", 3),
+    "recall": Score("recall", 3),
     "fd_judge": Score("FD of classes", 3),
     "kid_judge": Score("KID of classes x 1000", 2, 1000),
     "fd_judge_rotations": Score("FD of rotations", 3),
