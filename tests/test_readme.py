@@ -275,6 +275,16 @@ def test_the_results_are_those_of_the_lines(capsys):
         assert f"from {before} to {after}, by {difference.removeprefix('-')} over" in sentence
 
 
+def test_the_results_of_ten_steps_are_those_of_their_lines(capsys):
+    """RESULTS.md has the differences and the other scores that `table1 --steps 10` prints."""
+    path = ROOT / "experiments/table1_cpu_10.jsonl"
+    experiments.tables.table(table1.Experiment("cpu", results=path).lines(), (10,))
+    _, differences, _, others = tables(capsys.readouterr().out)
+    shown = tables(PAGES["docs/RESULTS.md"])
+    assert differences in shown
+    assert others in shown
+
+
 def test_the_few_step_scores_are_those_of_the_lines():
     """RESULTS.md has the table that `experiments.steps` prints."""
     lines = (ROOT / "experiments/steps.jsonl").read_text().splitlines()
