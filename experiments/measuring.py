@@ -22,6 +22,7 @@ class Row(NamedTuple):
     tolerance: float | None = None  # of what the two return; None: not compared
     peak: tuple | None = None  # (FLOPs of the work, dtype, the least share of the peak or None)
     unit: str = "s"  # or "MB", which the two return
+    warm: int = 6  # turns that do not count: the first take new memory from the system
 
 
 class Measured(NamedTuple):
@@ -75,10 +76,7 @@ def measure(row, repeats, device):
     if row.peak:
         convolutions = peak_convolutions(device, row.peak[1])
     every = [*calls, *(call for call, _ in convolutions)]
-    # a process of its own is as cold each time; elsewhere six turns, until a step takes no new
-    # memory from the system, page by page
-    warm = 0 if row.unit == "MB" else 6
-    seconds, results = interleaved(every, repeats, device, warm)
+    seconds, results = interleaved(every, repeats, device, row.warm)
     figures = results if row.unit == "MB" else seconds
     reference = differ = share = None
     work = statistics.median(figures[0])
