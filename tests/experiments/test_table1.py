@@ -1,4 +1,4 @@
-"""table1.py: runs are made once, go on after a kill; the table is the arithmetic of their lines."""
+"""table1.py: runs are made once, and go on after a kill."""
 
 import json
 import signal
@@ -61,10 +61,6 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(table1, "FID", found.fid)
     monkeypatch.setattr(table1, "JUDGES", ())
     return found
-
-
-def line(row, seed=0, **scores):
-    return {"row": row, "seed": seed, "metric": "lpips", "n": 4, "commit": "c"} | scores
 
 
 # ---- the runs ----
@@ -310,102 +306,15 @@ def test_table_1_comes_first_and_everything_goes_seed_by_seed(work):
 
 def test_a_run_that_lacks_steps_is_wanted_again_and_its_lines_are_one(work):
     """--steps 10 first and 100 later: the score with ten steps is kept."""
-    lines = [line("Dual", **{"10": {"fid_768": 1.0}})]
-    work.lines.write_text(json.dumps(lines[0]) + "\n")
+    first = {"row": "Dual", "seed": 0, "commit": "a", "10": {"fid_768": 1.0}}
+    work.lines.write_text(json.dumps(first) + "\n")
     ten = table1.Experiment("cpu", work.folder, work.lines, steps=(10,))
     assert ("Dual", 0) not in ten.wanted("table 1", 1)
     both = table1.Experiment("cpu", work.folder, work.lines)
     assert ("Dual", 0) in both.wanted("table 1", 1)
     assert both.missing("Dual", 0) == [100]
     with open(work.lines, "a") as f:
-        later = line("Dual", **{"100": {"fid_768": 2.0}}) | {"commit": "d"}
+        later = {"row": "Dual", "seed": 0, "commit": "b", "100": {"fid_768": 2.0}}
         f.write(json.dumps(later) + "\n")
     assert ("Dual", 0) not in both.wanted("table 1", 1)
-    assert both.lines() == [lines[0] | {"100": {"fid_768": 2.0}}]
-
-
-# ---- the tables ----
-
-
-def test_the_tables_means_errors_and_differences_are_those_of_equal_seeds(capsys):
-    def scored(row, seed, value):
-        ten = {"fid_768": 0.0, "sfid": 0.0}
-        return line(row, seed, **{"100": {"fid_768": value, "sfid": 1.0}, "10": ten})
-
-    tables.table(
-        [
-            scored("Dual", 0, 1.0),
-            scored("Dual", 1, 3.0),
-            scored("Dual + metric", 1, 2.5),
-            scored("Dual + metric", 2, 9.0),
-        ],
-        (100, 10),
-    )
-    said = capsys.readouterr().out.splitlines()
-    row = "| Dual | 2 | 2.000 ± 1.000 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.00 ± 0.00 | 6.52, 4.60 |"
-    assert row in said
-    difference = "| Dual + metric - Dual | 1 | -0.500 | +0.00 | +0.000 | +0.00 | -0.87, +0.29 |"
-    assert difference in said
-
-
-def test_a_table_of_some_steps_takes_every_line_that_has_them(capsys):
-    ten = {"fid_768": 1.0, "sfid": 2.0}
-    lines = [line("Dual", 0, **{"10": ten}), line("Dual", 1, **{"10": ten, "100": ten})]
-    tables.table(lines, (10,))
-    assert "| Dual | 2 | 1.000 ± 0.000 | 2.00 ± 0.00 | 6.52, 4.60 |" in capsys.readouterr().out
-    tables.table(lines, (100, 10))
-    assert "| Dual | 1 | 1.000 | 2.00 | 1.000 | 2.00 | 6.52, 4.60 |" in capsys.readouterr().out
-
-
-def test_a_table_of_steps_that_no_line_has_is_refused():
-    lines = [line("Dual", 0, **{"10": {"fid_768": 1.0, "sfid": 2.0}})]
-    with pytest.raises(ValueError, match="all of 100 and 10 steps; the lines have 10; name some"):
-        tables.table(lines, (100, 10))
-
-
-def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(capsys):
-    """Other steps, and other iterations of equal flags; nothing under a variant."""
-
-    def scored(row, value, *steps, seed=0):
-        return line(row, seed, **{str(n): {"fid_768": value + n, "sfid": 0.0} for n in steps})
-
-    tables.table(
-        [
-            scored("Cas-DM", 0.25, 100, 10),
-            scored("Cas-DM", 0.75, 100, 10, seed=1),
-            scored("Cas-DM", 0.25, 50, 10),  # the same run, scored again
-            scored("Cas-DM, other steps", 0, 50, 20, 5),
-            scored("Cas-DM, 0.5 x the iterations", 0.125, 10),
-            scored("Cas-DM + metric", 0.5, 100, 10),
-            scored("r_t = 1 in sampling", 9, 100, 10),
-            scored("moving average without ramp", 9, 100, 10),
-            scored("Dual", 9, 100, 10),
-        ],
-        (100, 10),
-    )
-    curves = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
-    names = "5 steps | 10 steps | 20 steps | 50 steps | 100 steps | 10 steps, 0.5 x the iterations"
-    assert curves == [
-        f"| FID-768 | {names} |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| Cas-DM | 5.000 | 10.500 ± 0.250 | 20.000 | 50.000 | 100.500 ± 0.250 | 10.125 |",
-        "| Cas-DM + metric |  | 10.500 |  |  | 100.500 |  |",
-    ]
-
-
-def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
-    """KID in thousandths; a line from before they were taken is in no other table's way."""
-    scores = {"fid_768": 1.0, "sfid": 1.0}
-    every = {key: 0.002 for key in tables.PRINTED if key not in tables.MAIN}
-    lines = [line("Dual", seed, **{"100": scores, "10": scores}) for seed in (0, 1)]
-    lines.append(line("Dual", 2, **{"100": scores | every, "10": scores | every}))
-    tables.table(lines, (100, 10))
-    said = capsys.readouterr().out.splitlines()
-    every = " 2.00 | 0.002 | 0.002 | 0.002 | 2.00 | 0.002 | 2.00 |"  # KID, precision, recall, ...
-    assert said[-1] == "| Dual | 1 |" + 2 * every
-
-
-def test_lines_of_two_networks_are_not_one_table():
-    lines = [line("Dual", **{"100": {score: 1.0, "sfid": 1.0}}) for score in ("fid", "fid_768")]
-    with pytest.raises(ValueError, match="fid, sfid and fid_768, sfid; expected one network's"):
-        tables.scores_of(lines)
+    assert both.lines() == [first | {"100": {"fid_768": 2.0}}]
