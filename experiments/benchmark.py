@@ -341,21 +341,26 @@ def frechet(device, folder):
     return Row(lambda: scores.frechet_distance(m1, s1, m2, s2), published, ">= 10 x", 1e-8)
 
 
-def features(device, folder, n=100):
-    """fid.py's features of images, and their statistics; the network's forwards alone"""
+def features(device, folder, n=10_000, batch=50):
+    """all of fid.py's features of 10,000 images but the forwards; the forwards of 200 images"""
     network = inception.InceptionFeatures("random").to(device)
-    images = torch.randint(0, 256, (50, 3, SIZE, SIZE), dtype=torch.uint8)
-    batches = [images] * (n // len(images))
+    images = torch.randint(0, 256, (batch, 3, SIZE, SIZE), dtype=torch.uint8)
+    rows = network(images)
+
+    def known(images):
+        return rows
+
+    known.name = network.name
 
     @torch.inference_mode()
     def forwards():
-        for images in batches:
+        for _ in range(200 // batch):
             network(images)
 
     def work():
-        features_of(batches, network, n, keep_pool=True)
+        features_of([images] * (n // batch), known, n, keep_pool=True)
 
-    return Row(work, forwards, "<= 1.02", warm=1)
+    return Row(work, forwards, "<= 1", warm=1)  # that is 0.02 of all forwards
 
 
 def kid(device, folder):
