@@ -104,10 +104,12 @@ def check_weights(one, other):
 
 
 def score_fid(a, b):
+    """The Frechet distance of pool, under the name that fits its network and layer."""
     return {distance_name(a, b): frechet_distance(a.mu, a.sigma, b.mu, b.sigma)}
 
 
 def score_sfid(a, b):
+    """The Frechet distance of spatial, where both have it."""
     if a.mu_s is None or b.mu_s is None:
         return {}
     name = "random_spatial_distance" if random_weights(a, b) else "sfid"
@@ -115,6 +117,7 @@ def score_sfid(a, b):
 
 
 def score_is(a, b):
+    """The Inception Score of A and its deviation over splits, where logits were taken."""
     if a.score is None or random_weights(a, b):
         return {}
     mean, deviation = a.score
@@ -122,6 +125,7 @@ def score_is(a, b):
 
 
 def score_kid(a, b):
+    """KID and its deviation over subsets, where the rows of both are there."""
     if not have_rows(a, b):
         return {}
     mean, deviation = kernel_distance(a.pool, b.pool.to(a.pool.device))
@@ -130,6 +134,7 @@ def score_kid(a, b):
 
 
 def score_precision_recall(a, b):
+    """Improved precision and recall, where the rows of both are there."""
     if not have_rows(a, b):
         return {}
     precision, recall = precision_recall(a.pool, b.pool.to(a.pool.device))
@@ -274,6 +279,12 @@ def parse_args(argv):
     where.add_argument("--batch-size", type=cli.whole(1, 1_000_000), default=50)
     where.add_argument("--device", type=cli.device, default="auto")
     a = p.parse_args(argv)
+    check_args(p, a)
+    return a
+
+
+def check_args(p, a):
+    """SystemExit 2, one line, for arguments that contradict each other."""
     if a.B is None and a.save_stats is None:
         p.error("only A was given; expected A and B, or A and --save-stats")
     if a.precision_recall and (a.B is None or a.weights == "random"):
@@ -290,7 +301,6 @@ def parse_args(argv):
         for flag in ("n", *vars(sampler_defaults())):
             if getattr(a, flag) != p.get_default(flag):
                 p.error(f"--{flag} is for sampling, and neither A nor B is a checkpoint .pt")
-    return a
 
 
 def main(argv=None):
@@ -298,7 +308,7 @@ def main(argv=None):
     a = parse_args(argv)
     check_folder(a.save_stats)
     device = parallel.begin(cli.open_device(a.device))
-    sides = [open_side(side, a, device) for side in (a.A, a.B) if side is not None]
+    sides = [open_side(source, a, device) for source in (a.A, a.B) if source is not None]
     if a.precision_recall and not all(map(gives_rows, sides)):
         raise ValueError(
             "--precision-recall, and A or B holds statistics alone; "
@@ -335,6 +345,7 @@ def main(argv=None):
 
 
 def check_folder(path):
+    """FileNotFoundError where the file could not be saved, before hours of sampling."""
     if path and not path.absolute().parent.is_dir():
         raise FileNotFoundError(
             f"{path.absolute().parent} does not exist; "
@@ -343,6 +354,7 @@ def check_folder(path):
 
 
 def gives_rows(side):
+    """Whether a Side has, or will have, each image's features."""
     return side.batches is not None or side.features.pool is not None
 
 
@@ -403,7 +415,7 @@ def _head(side, device):
 
 
 def print_scores(features, by_rows, as_json):
-    """The scores of two Features, as one line; without those of rows where they are not by_rows."""
+    """The scores of two Features, as one line; by_rows: with KID, precision and recall."""
     if not by_rows:
         features = [side._replace(pool=None) for side in features]
     found = compare(*features)
@@ -417,8 +429,8 @@ def print_scores(features, by_rows, as_json):
 def convention(features, network):
     """One line to quote beside the numbers."""
     counts = "; ".join(
-        f"{side}: {'an unknown number of' if f.n is None else f.n} images"
-        for side, f in zip("AB", features, strict=False)
+        f"{letter}: {'an unknown number of' if f.n is None else f.n} images"
+        for letter, f in zip("AB", features, strict=False)
     )
     made = "features as the files' makers took them"
     if network:

@@ -62,6 +62,7 @@ def print_line(name, row, repeats, device):
 
 
 def print_cells(*cells):
+    """A line of the table, each cell in its column."""
     widths = (18, 13, 13, 9, 11, 15, 18, 0)
     line = "".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False))
     print(line, flush=True)
@@ -145,6 +146,7 @@ def peak_convolutions(device, dtype):
 
 
 def flops(call):
+    """What torch counts of one call."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -164,6 +166,7 @@ def randomised(net):
 
 
 def batch_size(device):
+    """Images a training step takes."""
     return 128 if device.type == "cuda" else 8
 
 

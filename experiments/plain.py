@@ -117,6 +117,7 @@ def lpips_pair(device, folder):
 
 
 def random_vgg():
+    """VGG-16's features of random weights, without its classifier."""
     with torch.device("meta"):  # the classifier, 494 of 528 MB, is never used
         vgg = tv.vgg16()
     vgg.features = tv.vgg.make_layers(tv.vgg.cfgs["D"])

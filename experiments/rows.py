@@ -8,8 +8,8 @@ STEPS = (100, 10)  # of sampling
 class Row(NamedTuple):
     """One line of a table.
 
-    In its flags METRIC is LPIPS where VGG's weights are at hand, else SqueezeNet's features;
-    MATCHED is the preset's, and FROZEN the checkpoint of that row.
+    In its flags METRIC is LPIPS in the preset `paper` and where VGG's weights are at hand, else
+    SqueezeNet's features; MATCHED is the preset's, and FROZEN the checkpoint of that row.
     """
 
     flags: str = ""

@@ -194,6 +194,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
+    """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
     p = cli.Parser(__doc__)
     p.add_argument("checkpoints", nargs="*", type=Path, help="each in its run's folder")
     p.add_argument("--data", default="shapes", help="the images that the models were trained on")

@@ -269,18 +269,18 @@ class Experiment:
         """The finished runs, a line each; a later line of a run adds its scores to the first."""
         if not self.results.exists():
             return []
+        with self.locks["results"]:
+            lines = self.results.read_text().splitlines()
         found = {}
-        for line in map(json.loads, self.results.read_text().splitlines()):
+        for line in map(json.loads, lines):
             run = line["row"], line["seed"]
             found[run] = line | found.get(run, {})
         return list(found.values())
 
     def missing(self, row, seed):
         """The numbers of sampling steps that the run is to be scored with, and is not yet."""
-        there = {}
-        for line in self.lines():
-            if (line["row"], line["seed"]) == (row, seed):
-                there = line
+        lines = {(line["row"], line["seed"]): line for line in self.lines()}
+        there = lines.get((row, seed), {})
         wanted = self.rows[row].steps or self.steps
         return [steps for steps in wanted if str(steps) not in there]
 
@@ -422,12 +422,13 @@ def main(argv=None):
 
 
 def parse_args(argv):
+    """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
     p = cli.Parser(__doc__)
     p.add_argument("--preset", choices=PRESETS, default="cpu")
     groups = [*dict.fromkeys(group for group, _ in ROWS), "all"]
     p.add_argument("--group", choices=groups, default="table 1", help="of rows")
     p.add_argument("--seeds", type=cli.whole(1), default=3, help="runs a row")
-    text = "of sampling, of every row that is not about them"
+    text = "of sampling, of every row that has none of its own"
     p.add_argument("--steps", type=cli.whole(1), nargs="+", default=STEPS, help=text)
     text = "CIFAR-10 by name, or its images as an .npz"
     p.add_argument("--data", default="cifar10", help=text)

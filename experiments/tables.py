@@ -1,4 +1,4 @@
-"""Prints what table1.py found: means over seeds, differences of equal seeds, curves."""
+"""Prints what table1.py found: means over seeds, differences of equal seeds, and curves."""
 
 import statistics
 from typing import NamedTuple
@@ -31,30 +31,37 @@ MAIN = ("fid", "fid_768", "sfid")
 
 
 def table(lines, steps):
-    """Prints the rows' means over seeds, the differences of equal seeds, and the curves.
+    """Prints the rows' means over seeds, the differences of equal seeds, the curves, other scores.
 
     A column is one score with one of these numbers of sampling steps.  Every table but the curves
-    leaves out a line that lacks one of its columns.
-    ValueError where no line has those of the first table.
+    leaves out a line that lacks one of its columns, and a table without a row is not printed.
+    ValueError where no table has any.
     """
     found = {}  # {row: {seed: line}}
     for line in lines:
         found.setdefault(line["row"], {})[line["seed"]] = line
     columns = [(str(n), score) for n in steps for score in scores_of(lines)]
     others = [(str(n), score) for n in steps for score in PRINTED if score not in MAIN]
-    if not any(with_all(found, row, columns) for row in found):
+    tables = [
+        rows_table(found, columns),
+        differences_table(found, columns),
+        curves_table(lines),
+        others_table(found, others),
+    ]
+    if not any(rows for _, rows in tables):
         has = sorted({int(key) for line in lines for key in line if key.isdigit()}, reverse=True)
         raise ValueError(
             f"no line has scores with all of {' and '.join(map(str, steps))} steps; "
             f"the lines have {', '.join(map(str, has))}; name some of these by --steps"
         )
     print(f"metric: {all_of(lines, 'metric')}; ", end="")
-    print(f"{all_of(lines, 'n')} images a score; commits {all_of(lines, 'commit')}\n")
-    print_rows(found, columns)
-    print()
-    print_differences(found, columns)
-    print_curves(lines)
-    print_others(found, others)
+    print(f"{all_of(lines, 'n')} images a score; commits {all_of(lines, 'commit')}")
+    for header, rows in tables:
+        if rows:
+            print()
+            print_header(*header)
+            for cells in rows:
+                print(markdown(*cells))
 
 
 def all_of(lines, key):
@@ -62,24 +69,21 @@ def all_of(lines, key):
     return ", ".join(sorted({str(line[key]) for line in lines}))
 
 
-def print_rows(found, columns):
+# A table is (header, rows), each a list of cells.
+
+
+def rows_table(found, columns):
     """The means of each row, beside the paper's numbers."""
-    print_header("row", "seeds", *titles(columns), "paper's FID, sFID, 100 steps")
-    for row in own_rows():
-        lines = with_all(found, row, columns).values()
-        if not lines:
-            continue
-        cells = []
-        for steps, score in columns:
-            values = [line[steps][score] for line in lines]
-            cells.append(spread(values, score))
+    rows = []
+    for row, *cells in means(found, columns):
         paper = [f"{value:.2f}" for value in PAPER.get(row, ()) if value]
-        print(markdown(row, len(lines), *cells, ", ".join(paper)))
+        rows.append([row, *cells, ", ".join(paper)])
+    return ["row", "seeds", *titles(columns), "paper's FID, sFID, 100 steps"], rows
 
 
-def print_differences(found, columns):
+def differences_table(found, columns):
     """The differences of PAIRS, of the seeds that both have, beside the paper's."""
-    print_header("difference", "seeds", *titles(columns), "paper, 100 steps")
+    rows = []
     for a, b in PAIRS:
         lines, others = with_all(found, a, columns), with_all(found, b, columns)
         seeds = sorted(lines.keys() & others.keys())
@@ -91,41 +95,42 @@ def print_differences(found, columns):
             cells.append(spread(values, score, "+"))
         both = zip(PAPER.get(a, ()), PAPER.get(b, ()), strict=False)  # a row may have none
         paper = [f"{x - y:+.2f}" for x, y in both if x and y]
-        print(markdown(f"{a} - {b}", len(seeds), *cells, ", ".join(paper)))
+        rows.append([f"{a} - {b}", len(seeds), *cells, ", ".join(paper)])
+    return ["difference", "seeds", *titles(columns), "paper, 100 steps"], rows
 
 
-def print_curves(lines):
+def curves_table(lines):
     """FID (or FID-768) of the rows in CURVES: the numbers of figures.py's curves.png."""
     score = scores_of(lines)[0]
     curves = {row: curve(lines, row) for row in CURVES}
     points = {point for found in curves.values() for point in found}
     own = sorted(point for point in points if point[0] == 1)  # the row's own iterations come first
     others = sorted(point for point in points if point[0] != 1)
-    if not points:
-        return
     names = [f"{steps} steps" for _, steps in own]
     names += [f"{steps} steps, {share} x the iterations" for share, steps in others]
-    print()
-    print_header(PRINTED[score].name, *names)
+    rows = []
     for row, found in curves.items():
         if found:
             values = [found.get(point) for point in (*own, *others)]
-            print(markdown(row, *(spread(v, score) if v else "" for v in values)))
+            rows.append([row, *(spread(v, score) if v else "" for v in values)])
+    return [PRINTED[score].name, *names], rows
 
 
-def print_others(found, columns):
-    """The scores beside FID and sFID, of the lines that have them."""
+def others_table(found, columns):
+    """The means of the scores beside FID and sFID, of the lines that have them."""
+    return ["row", "seeds", *titles(columns)], means(found, columns)
+
+
+def means(found, columns):
+    """[row, number of seeds, mean of each column] of each row whose lines have all of them."""
     rows = []
     for row in own_rows():
         lines = with_all(found, row, columns).values()
         if lines:
             values = [[line[steps][score] for line in lines] for steps, score in columns]
             cells = [spread(v, score) for v, (_, score) in zip(values, columns, strict=True)]
-            rows.append(markdown(row, len(lines), *cells))
-    if rows:
-        print()
-        print_header("row", "seeds", *titles(columns))
-        print("\n".join(rows))
+            rows.append([row, len(lines), *cells])
+    return rows
 
 
 def own_rows():
@@ -134,6 +139,7 @@ def own_rows():
 
 
 def titles(columns):
+    """The headers of columns: FID-768, 100 steps."""
     return [f"{PRINTED[score].name}, {steps} steps" for steps, score in columns]
 
 
@@ -149,8 +155,8 @@ def with_all(found, row, columns):
 def curve(lines, row):
     """{(share of the iterations, sampling steps): [FID or FID-768 of each seed]} of a row.
 
-    From the row's own runs, from those trained longer or shorter, and with other steps; never under
-    a variant.
+    Of the row's own runs, of those trained longer or shorter, and with other steps; never under a
+    variant.
     """
     flags, score = ROWS["table 1", row].flags, scores_of(lines)[0]
     mine = {}
@@ -201,9 +207,11 @@ def standard_error(values):
 
 
 def print_header(*cells):
+    """The first two lines of a table."""
     print(markdown(*cells))
     print(markdown(*["---"] * len(cells)))
 
 
 def markdown(*cells):
+    """A line of a table."""
     return f"| {' | '.join(map(str, cells))} |"

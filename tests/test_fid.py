@@ -431,15 +431,7 @@ import os, sys
 import torch
 import fid
 from data import Images
-from features import (
-    Features,
-    Statistics,
-    batched,
-    features_of,
-    load_statistics,
-    reference_features,
-    save_statistics,
-)
+from features import reference_features
 from support import cli, parallel
 from tiny import Tiny, pixels
 fid.InceptionFeatures = Tiny
