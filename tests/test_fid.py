@@ -294,6 +294,20 @@ def test_precision_and_recall_of_many_images_are_left_out_unless_asked_for(
     assert kept == [keys is ALL, keys is ALL]
 
 
+@few
+def test_rows_in_files_are_left_alone_beyond_the_limit_unless_asked_for(
+    files, tiny, monkeypatch, capsys
+):
+    """Both sides have them, and there are too many."""
+    sides = [files / "a.npz", files / "b.npz"]
+    for images, side in zip(("folder", "images.npz"), sides, strict=True):
+        assert run(files / images, "--save-stats", side) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(fid, "MOST_ROWS", 10)
+    assert not {"kid", "precision"} & printed(capsys, *sides).keys()
+    assert {"kid", "precision"} <= printed(capsys, *sides, "--precision-recall").keys()
+
+
 def test_the_cost_of_precision_and_recall_is_named_before_it_is_paid(
     files, tiny, monkeypatch, capsys
 ):

@@ -248,7 +248,26 @@ def test_the_papers_scale_is_scored_by_fid_itself(tmp_path):
     assert flags == ["--dims", 2048]
 
 
+def test_the_papers_scale_takes_the_papers_metric_whatever_is_in_the_cache(tmp_path, monkeypatch):
+    """LPIPS; the small preset takes SqueezeNet where VGG's weights are not there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert table1.Experiment("paper", tmp_path).metric == "lpips"
+    assert table1.Experiment("cpu", tmp_path).metric == "squeezenet"
+
+
 # ---- the rows ----
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_low_noise_rows_limit_cas_dms_metric_as_their_names_say(share, tmp_path):
+    """And differ from Cas-DM + metric in nothing else."""
+    experiment, found = table1.Experiment("cpu", tmp_path), []
+    for row in (f"metric at t <= {share} T", "Cas-DM + metric"):
+        flags = ["--data", "cifar10", "--image-size", "16", *experiment.flags(row, 0)]
+        found.append(parse_args("", flags)[0])
+    assert found[0].pop("metric_until") == share
+    assert found[1].pop("metric_until") == 1
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
