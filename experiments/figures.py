@@ -2,6 +2,7 @@
 
 python -m experiments.figures schedules        the schedules alone
 python -m experiments.figures results          all that table1.py left, of the `cpu` preset
+python -m experiments.figures lengths          of its lines of longer and shorter runs
 python -m experiments.figures expect RUN ...   folders of train.py --sample-every 100
 
 schedules.png   abar_t, its signal-to-noise ratio, an image on its way to noise, the spacings
@@ -9,6 +10,7 @@ rows.png        Table 1's rows, one a line, every column from the same noise
 gate.png        r_t over t: how much of a step comes from x0', and how much should
 refined.png     figure 2's trace of Cas-DM + metric
 curves.png      FID-768 against sampling steps, and against training iterations
+lengths.png     every Frechet distance against training iterations
 expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; prints its log's means
 """
 
@@ -24,8 +26,16 @@ import sample
 from data import from_pixels, shapes, to_pixels
 from diffusion import SCHEDULES, clean_estimates, evenly, q_sample
 from experiments import table1
-from experiments.rows import CURVES, REAL, ROWS, STEPS
-from experiments.tables import PRINTED, curve, markdown, print_header, scores_of, standard_error
+from experiments.rows import CURVES, STEPS, TABLE1
+from experiments.tables import (
+    PRINTED,
+    by_iterations,
+    by_steps,
+    markdown,
+    print_header,
+    scores_of,
+    standard_error,
+)
 from neighbours.solvers import SPACINGS
 from support import cli
 from support.draws import stream
@@ -35,7 +45,6 @@ from support.pictures import pyplot, read_log, save_figure
 from support.run import grid_path
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-TABLE1 = [row for group, row in ROWS if group == "table 1" and row != REAL]
 MILESTONES = (100, 300, 600, 1200)  # training steps
 # Whose r_t is drawn.
 GATED = [
@@ -156,26 +165,49 @@ def draw_curves(experiment, path):
 
     The mean over seeds and its standard error.
     """
-    figure, (by_steps, by_iterations) = pyplot().subplots(1, 2, figsize=(10, 3.5))
-    fewest, lines = STEPS[-1], experiment.lines()
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.5))
+    lines, unit = experiment.lines(), experiment.preset.iterations
+    score = scores_of(lines)[0]
     for row in CURVES:
-        at_steps, at_iterations = {}, {}
-        for (share, steps), values in curve(lines, row).items():
-            if share == 1:
-                at_steps[steps] = values
-            if steps == fewest:
-                at_iterations[experiment.preset.iterations * share] = values
-        draw_points(by_steps, at_steps, row)
-        draw_points(by_iterations, at_iterations, row)
-    score = PRINTED[scores_of(lines)[0]].name
-    by_steps.set(xscale="log", xlabel="sampling steps", ylabel=score)
-    by_iterations.set(xscale="log", xlabel="iterations", ylabel=f"{score}, {fewest} steps")
-    for axis in (by_steps, by_iterations):
-        ticks = sorted({x for line in axis.lines for x in line.get_xdata()})
-        axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
-        axis.minorticks_off()
-    by_steps.legend()
+        draw_points(left, by_steps(lines, row, score), row)
+    draw_lengths_of(right, lines, CURVES, score, unit)
+    left.set(xscale="log", xlabel="sampling steps", ylabel=PRINTED[score].name)
+    name_ticks(left)
+    left.legend()
     save(figure, path)
+
+
+def draw_lengths(experiment, path):
+    """Each Frechet distance that the lines hold against iterations, of every row of Table 1."""
+    lines, unit = experiment.lines(), experiment.preset.iterations
+    held = {score for line in lines for steps in line if steps.isdigit() for score in line[steps]}
+    scores = [score for score in PRINTED if score in held and score.startswith(("fid", "fd"))]
+    size = (4.5 * len(scores), 4)
+    figure, axes = pyplot().subplots(1, len(scores), squeeze=False, figsize=size)
+    for axis, score in zip(axes[0], scores, strict=True):
+        draw_lengths_of(axis, lines, TABLE1, score, unit)
+        axis.set(yscale="log")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+def draw_lengths_of(axis, lines, rows, score, unit):
+    """A score, with the fewest sampling steps, against iterations: `unit` times each share."""
+    fewest = STEPS[-1]
+    for row in rows:
+        found = by_iterations(lines, row, score, fewest)
+        if found:
+            draw_points(axis, {unit * share: values for share, values in found.items()}, row)
+    label = f"{PRINTED[score].name}, {fewest} steps"
+    axis.set(xscale="log", xlabel="iterations", ylabel=label)
+    name_ticks(axis)
+
+
+def name_ticks(axis):
+    """A tick at every point that was drawn, in plain numbers."""
+    ticks = sorted({x for line in axis.lines for x in line.get_xdata()})
+    axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+    axis.minorticks_off()
 
 
 def draw_points(axis, points, label):
@@ -237,7 +269,7 @@ def draw_results(experiment, folder):
 def main(argv=None):
     """The pictures that are named."""
     p = cli.Parser(__doc__)
-    p.add_argument("what", choices=("schedules", "results", "expect"))
+    p.add_argument("what", choices=("schedules", "results", "lengths", "expect"))
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of expect")
     p.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
     text = "where table1.py's runs lie (default: runs/table1-PRESET)"
@@ -250,12 +282,15 @@ def main(argv=None):
         raise FileNotFoundError(f"{a.out} does not exist; expected a folder; make it first")
     if bool(a.runs) != (a.what == "expect"):
         p.error(f"{a.what}: got {len(a.runs)} runs; expected some with expect, and none otherwise")
+    experiment = table1.Experiment(a.preset, a.work, a.results)
     if a.what == "schedules":
         draw_schedules(a.out / "schedules.png")
     elif a.what == "expect":
         draw_expected(a.runs, a.out / "expect.png")
+    elif a.what == "lengths":
+        draw_lengths(experiment, a.out / "lengths.png")
     else:
-        draw_results(table1.Experiment(a.preset, a.work, a.results), a.out)
+        draw_results(experiment, a.out)
 
 
 if __name__ == "__main__":

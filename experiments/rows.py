@@ -23,7 +23,8 @@ FROZEN = "DDPM (eps)"  # of the self-perceptual metric
 # What a perfect model would score with as many images: training images that are not in the
 # reference (0 in `paper`, whose reference has them all).
 REAL = "training images"
-CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")  # scored against steps and iterations
+CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")  # scored with other numbers of steps
+LENGTHS = (0.5, 1, 2, 4, 8)  # times the preset's iterations, at which Table 1's rows are scored
 FIXRES = "--model casdm --refiner fixres"
 ROWS = {
     ("table 1", "DDPM (eps)"): Row("--model ddpm"),
@@ -63,16 +64,28 @@ ROWS |= {
 ROWS |= {
     ("curves", f"{name}, other steps"): Row(begins_with=name, steps=(50, 20, 5)) for name in CURVES
 }
-ROWS |= {
-    ("curves", f"{name}, {share} x the iterations"): Row(
-        ROWS["table 1", name].flags,
-        begins_with=name if share > 1 else "",
-        share=share,
-        steps=(10,),
-    )
-    for share in (0.5, 2)
-    for name in CURVES
-}
+TABLE1 = [row for group, row in ROWS if group == "table 1" and row != REAL]
+
+
+def lengths(name):
+    """{(group, row): Row} of a row's run at every other length.
+
+    Each of the longer ones goes on from the one before it.
+    """
+    found, before = {}, ""
+    for share in LENGTHS:
+        if share == 1:
+            before = name
+            continue
+        row = f"{name}, {share} x the iterations"
+        flags = ROWS["table 1", name].flags
+        found["lengths", row] = Row(flags, begins_with=before, share=share)
+        before = row if before else ""
+    return found
+
+
+for name in TABLE1:
+    ROWS |= lengths(name)
 
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
 PAPER = {

@@ -3,7 +3,7 @@
 import statistics
 from typing import NamedTuple
 
-from experiments.rows import CURVES, PAIRS, PAPER, ROWS
+from experiments.rows import CURVES, PAIRS, PAPER, ROWS, TABLE1
 
 
 class Score(NamedTuple):
@@ -34,7 +34,8 @@ def table(lines, steps):
     """Prints the rows' means over seeds, the differences of equal seeds, the curves, other scores.
 
     A column is one score with one of these numbers of sampling steps.  Every table but the curves
-    leaves out a line that lacks one of its columns, and a table without a row is not printed.
+    (over steps, over iterations) leaves out a line that lacks one of its columns, and a table
+    without a row is not printed.
     ValueError where no table has any.
     """
     found = {}  # {row: {seed: line}}
@@ -45,7 +46,8 @@ def table(lines, steps):
     tables = [
         rows_table(found, columns),
         differences_table(found, columns),
-        curves_table(lines),
+        steps_table(lines),
+        *lengths_tables(lines, steps),
         others_table(found, others),
     ]
     if not any(rows for _, rows in tables):
@@ -99,21 +101,36 @@ def differences_table(found, columns):
     return ["difference", "seeds", *titles(columns), "paper, 100 steps"], rows
 
 
-def curves_table(lines):
-    """FID (or FID-768) of the rows in CURVES: the numbers of figures.py's curves.png."""
+def steps_table(lines):
+    """FID (or FID-768) of the rows in CURVES against sampling steps."""
     score = scores_of(lines)[0]
-    curves = {row: curve(lines, row) for row in CURVES}
-    points = {point for found in curves.values() for point in found}
-    own = sorted(point for point in points if point[0] == 1)  # the row's own iterations come first
-    others = sorted(point for point in points if point[0] != 1)
-    names = [f"{steps} steps" for _, steps in own]
-    names += [f"{steps} steps, {share} x the iterations" for share, steps in others]
+    curves = {row: by_steps(lines, row, score) for row in CURVES}
+    every = sorted({steps for found in curves.values() for steps in found})
+    header = [PRINTED[score].name, *(f"{steps} steps" for steps in every)]
+    return header, curve_rows(curves, every, score)
+
+
+def lengths_tables(lines, steps):
+    """A table for each score and number of sampling steps, of Table 1's rows against iterations."""
+    tables = []
+    for n in steps:
+        for score in PRINTED:
+            curves = {row: by_iterations(lines, row, score, n) for row in TABLE1}
+            curves = {row: found for row, found in curves.items() if found.keys() - {1}}
+            shares = sorted({share for found in curves.values() for share in found})
+            header = [titles([(n, score)])[0], *(f"{share} x the iterations" for share in shares)]
+            tables.append((header, curve_rows(curves, shares, score)))
+    return tables
+
+
+def curve_rows(curves, points, score):
+    """[row, score at each point] of each curve {point: values of the seeds}."""
     rows = []
     for row, found in curves.items():
         if found:
-            values = [found.get(point) for point in (*own, *others)]
+            values = [found.get(point) for point in points]
             rows.append([row, *(spread(v, score) if v else "" for v in values)])
-    return [PRINTED[score].name, *names], rows
+    return rows
 
 
 def others_table(found, columns):
@@ -152,13 +169,25 @@ def with_all(found, row, columns):
     }
 
 
-def curve(lines, row):
-    """{(share of the iterations, sampling steps): [FID or FID-768 of each seed]} of a row.
+def by_steps(lines, row, score):
+    """{sampling steps: [score of each seed]} of a row's own runs."""
+    found = curve(lines, row, score)
+    return {steps: values for (share, steps), values in found.items() if share == 1}
+
+
+def by_iterations(lines, row, score, n):
+    """{share of the preset's iterations: [score of each seed]} of a row, with n sampling steps."""
+    found = curve(lines, row, score)
+    return {share: values for (share, steps), values in found.items() if steps == n}
+
+
+def curve(lines, row, score):
+    """{(share of the iterations, sampling steps): [score of each seed]} of a row.
 
     Of the row's own runs, of those trained longer or shorter, and with other steps; never under a
     variant.
     """
-    flags, score = ROWS["table 1", row].flags, scores_of(lines)[0]
+    flags = ROWS["table 1", row].flags
     mine = {}
     for (_, name), how in ROWS.items():
         if not how.variant and (how.begins_with == row or how.flags == flags):
@@ -169,8 +198,9 @@ def curve(lines, row):
             continue
         share = mine[line["row"]].share
         for steps in filter(str.isdigit, line):
-            of_point = found.setdefault((share, int(steps)), {})
-            of_point[line["seed"]] = line[steps][score]
+            if score in line[steps]:
+                of_point = found.setdefault((share, int(steps)), {})
+                of_point[line["seed"]] = line[steps][score]
     return {point: [*of_seeds.values()] for point, of_seeds in found.items()}
 
 

@@ -74,9 +74,27 @@ def test_the_curves_are_means_over_seeds_against_steps_and_iterations(tmp_path, 
     points = by_steps.containers[0].lines[0].get_xydata()
     np.testing.assert_allclose(points, [[x, 1.5 + 10 / x] for x in (5, 10, 20, 50, 100)])
     points = by_iterations.containers[0].lines[0].get_xydata()
-    np.testing.assert_allclose(points, [[1250, 2.5], [2500, 2.5], [5000, 2.5]])
+    iterations = (1250, 2500, 5000, 10_000, 20_000)
+    np.testing.assert_allclose(points, [[x, 2.5] for x in iterations])
     labels = [label.get_text() for label in by_iterations.get_xticklabels()]
-    assert labels == ["1,250", "2,500", "5,000"]
+    assert labels == ["1,250", "2,500", "5,000", "10,000", "20,000"]
+
+
+def test_lengths_are_every_distance_of_every_row_that_has_one(tmp_path, drawn):
+    distances = {"fid_768": 1.0, "fd_judge": 2.0}
+    names = {"Dual": 1.0, "Dual, 2 x the iterations": 0.5, "Cas-DM": 3.0}
+    with open(tmp_path / "lines.jsonl", "w") as f:
+        for row, times in names.items():
+            scores = {score: times * value for score, value in distances.items()} | {"kid": 9.0}
+            f.write(json.dumps({"row": row, "seed": 0, "10": scores}) + "\n")
+    assert draw("lengths", tmp_path, tmp_path) == 0
+    panels = drawn["lengths.png"].axes
+    assert [panel.get_ylabel() for panel in panels] == [
+        "FID-768, 10 steps",
+        "FD of classes, 10 steps",
+    ]
+    points = {of.get_label(): of.lines[0].get_xydata().tolist() for of in panels[1].containers}
+    assert points == {"Dual": [[2500, 2.0], [5000, 1.0]], "Cas-DM": [[2500, 6.0]]}
 
 
 def test_what_to_expect_are_the_runs_first_grids_and_mean_losses(

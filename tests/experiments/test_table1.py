@@ -84,6 +84,7 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(table1, "STEPS", steps)
     monkeypatch.setattr(tables, "PAIRS", [])
     monkeypatch.setattr(tables, "CURVES", ())
+    monkeypatch.setattr(tables, "TABLE1", ())
 
 
 @pytest.mark.slow
@@ -289,6 +290,7 @@ def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch)
         assert set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
         if how.begins_with:  # to go on with another run's checkpoint is that run, longer
             assert how.flags == experiment.rows[how.begins_with].flags
+            assert how.share > experiment.rows[how.begins_with].share
 
 
 @pytest.mark.slow
