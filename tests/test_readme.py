@@ -292,6 +292,15 @@ def test_the_few_step_scores_are_those_of_the_lines():
     assert printed in tables(PAGES["docs/RESULTS.md"])
 
 
+@pytest.mark.slow
+def test_the_operations_of_the_speed_page_are_what_its_code_prints(capsys):
+    [code] = re.findall(r"```python\n(.*?)```", PAGES["docs/SPEED.md"], re.DOTALL)
+    exec(code, {})
+    network, lpips = map(float, capsys.readouterr().out.split())
+    assert f"{network:.1f} GFLOP an image" in PAGES["docs/SPEED.md"]
+    assert f"{lpips:.0f} GFLOP an image" in PAGES["docs/SPEED.md"]
+
+
 # ---- choices ----
 
 
