@@ -3,6 +3,7 @@
 python -m experiments.figures schedules        the schedules alone
 python -m experiments.figures results          all that table1.py left, of the `cpu` preset
 python -m experiments.figures lengths          of its lines of longer and shorter runs
+python -m experiments.figures longest          of those runs themselves
 python -m experiments.figures expect RUN ...   folders of train.py --sample-every 100
 
 schedules.png   abar_t, its signal-to-noise ratio, an image on its way to noise, the spacings
@@ -11,6 +12,8 @@ gate.png        r_t over t: how much of a step comes from x0', and how much shou
 refined.png     figure 2's trace of Cas-DM + metric
 curves.png      FID-768 against sampling steps, and against training iterations
 lengths.png     every Frechet distance against training iterations
+longest.png     samples after the row's own iterations, and after the most
+gates.png       r_t over t of Cas-DM + metric, after ever more iterations
 expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; prints its log's means
 """
 
@@ -26,7 +29,7 @@ import sample
 from data import from_pixels, shapes, to_pixels
 from diffusion import SCHEDULES, clean_estimates, evenly, q_sample
 from experiments import table1
-from experiments.rows import CURVES, STEPS, TABLE1
+from experiments.rows import CURVES, STEPS, TABLE1, at_lengths
 from experiments.tables import (
     PRINTED,
     by_iterations,
@@ -97,15 +100,14 @@ def draw_spacings(axis, name, schedule, n=20):
     axis.set(title=f"{n} steps, {name}", xlabel="t")
 
 
-def draw_rows(experiment, path, columns=14):
-    """The same images of every row of Table 1, seed 0, with the most sampling steps.
+def draw_rows(experiment, rows, steps, path, columns=14):
+    """The same images of every row, seed 0, with so many sampling steps.
 
     Image i starts from the same noise in each.
     """
-    size = (0.75 * columns, 0.78 * len(TABLE1))
-    figure, axes = pyplot().subplots(len(TABLE1), 1, figsize=size)
-    for axis, row in zip(axes, TABLE1, strict=True):
-        drawn = experiment.place(row, 0) / f"{STEPS[0]}.npz"
+    figure, axes = pyplot().subplots(len(rows), 1, figsize=(0.75 * columns, 0.78 * len(rows)))
+    for axis, row in zip(axes, rows, strict=True):
+        drawn = experiment.place(row, 0) / f"{steps}.npz"
         drawn = existing(drawn, "run's samples, which experiments/table1.py draws")
         images = np.load(drawn)["arr_0"][:columns]
         axis.imshow(np.concatenate(list(images), 1))
@@ -114,17 +116,17 @@ def draw_rows(experiment, path, columns=14):
     save(figure, path)
 
 
-def draw_gate(experiment, path, n=64):
+def draw_gate(experiment, rows, path, n=64):
     """r_t over t, of seed 0, for n training images noised alike.
 
-    Its mean over images and positions; dashed, the best r for all of them.  Rows of GATED whose
-    run is not there are left out.
+    Its mean over images and positions; dashed, the best r for all of them.  Rows whose run is not
+    there are left out.
     """
     x0 = np.load(experiment.folder / "reference.npz")["arr_0"][:n]
     x0 = from_pixels(torch.from_numpy(x0))
     eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
     figure, axis = pyplot().subplots(figsize=(6, 3.5))
-    for row in GATED:
+    for row in rows:
         checkpoint = experiment.place(row, 0) / "checkpoint.pt"
         if checkpoint.exists():
             t, learned, best = gate_of(checkpoint, x0, eps)
@@ -259,8 +261,8 @@ def save(figure, path, dpi=110):
 
 def draw_results(experiment, folder):
     """The four pictures of table1.py's runs and lines."""
-    draw_rows(experiment, folder / "rows.png")
-    draw_gate(experiment, folder / "gate.png")
+    draw_rows(experiment, TABLE1, STEPS[0], folder / "rows.png")
+    draw_gate(experiment, GATED, folder / "gate.png")
     checkpoint = experiment.place("Cas-DM + metric", 0) / "checkpoint.pt"
     sample.main([str(checkpoint), "--trace", str(folder / "refined.png")])
     draw_curves(experiment, folder / "curves.png")
@@ -269,7 +271,7 @@ def draw_results(experiment, folder):
 def main(argv=None):
     """The pictures that are named."""
     p = cli.Parser(__doc__)
-    p.add_argument("what", choices=("schedules", "results", "lengths", "expect"))
+    p.add_argument("what", choices=("schedules", "results", "lengths", "longest", "expect"))
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of expect")
     p.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
     text = "where table1.py's runs lie (default: runs/table1-PRESET)"
@@ -289,6 +291,10 @@ def main(argv=None):
         draw_expected(a.runs, a.out / "expect.png")
     elif a.what == "lengths":
         draw_lengths(experiment, a.out / "lengths.png")
+    elif a.what == "longest":
+        rows = [row for name in CURVES for row in (name, at_lengths(name)[-1])]
+        draw_rows(experiment, rows, STEPS[-1], a.out / "longest.png")
+        draw_gate(experiment, at_lengths("Cas-DM + metric"), a.out / "gates.png")
     else:
         draw_results(experiment, a.out)
 

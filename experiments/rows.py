@@ -67,20 +67,22 @@ ROWS |= {
 TABLE1 = [row for group, row in ROWS if group == "table 1" and row != REAL]
 
 
+def at_lengths(name):
+    """The names of a row's run at each of LENGTHS, the shortest first."""
+    longer = "{}, {} x the iterations"
+    return [name if share == 1 else longer.format(name, share) for share in LENGTHS]
+
+
 def lengths(name):
     """{(group, row): Row} of a row's run at every other length.
 
     Each of the longer ones goes on from the one before it.
     """
-    found, before = {}, ""
-    for share in LENGTHS:
-        if share == 1:
-            before = name
-            continue
-        row = f"{name}, {share} x the iterations"
-        flags = ROWS["table 1", name].flags
-        found["lengths", row] = Row(flags, begins_with=before, share=share)
-        before = row if before else ""
+    flags, names, found = ROWS["table 1", name].flags, at_lengths(name), {}
+    for before, row, share in zip(["", *names], names, LENGTHS, strict=False):
+        if share != 1:
+            begins_with = before if share > 1 else ""
+            found["lengths", row] = Row(flags, begins_with=begins_with, share=share)
     return found
 
 

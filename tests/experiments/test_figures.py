@@ -9,6 +9,7 @@ from PIL import Image
 
 import train
 from experiments import figures, table1
+from experiments.rows import STEPS, at_lengths
 from support import cli
 from support.files import save_npz
 
@@ -134,7 +135,8 @@ def tiny_run(experiment, row):
     argv = ["--data", str(experiment.folder / "images.npz"), *tiny.split(), *model.split()]
     place = experiment.place(row, 0)
     assert cli.run(train.main, [*argv, "--out", str(place)]) == 0
-    save_npz(np.full((20, 16, 16, 3), 128, np.uint8), place / "100.npz")
+    for steps in STEPS:
+        save_npz(np.full((20, 16, 16, 3), 128, np.uint8), place / f"{steps}.npz")
 
 
 @pytest.mark.slow
@@ -143,13 +145,19 @@ def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, drawn, m
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     save_npz(images, tmp_path / "images.npz")
     save_npz(images, tmp_path / "reference.npz")
-    for row in {*figures.TABLE1, *figures.GATED}:
+    longest = [at_lengths(row)[-1] for row in figures.CURVES]
+    for row in {*figures.TABLE1, *figures.GATED, *longest}:
         tiny_run(experiment, row)
     line = {"row": "Cas-DM", "seed": 0, "100": {"fid_768": 1.0}, "10": {"fid_768": 2.0}}
     (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
     assert draw("results", tmp_path, tmp_path) == 0
-    for name in ("rows.png", "gate.png", "refined.png", "curves.png"):
+    assert draw("longest", tmp_path, tmp_path) == 0
+    names = ("rows.png", "gate.png", "refined.png", "curves.png", "longest.png", "gates.png")
+    for name in names:
         assert min(Image.open(tmp_path / name).size) > 100
+
+    labels = [line.get_label() for line in drawn["gates.png"].axes[0].lines[::2]]
+    assert labels == ["Cas-DM + metric", at_lengths("Cas-DM + metric")[-1]]
 
     lines = drawn["gate.png"].axes[0].lines
     learned = [line for line in lines if line.get_linestyle() == "-"]
@@ -160,5 +168,5 @@ def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, drawn, m
         assert 0.4 < line.get_ydata().min() <= line.get_ydata().max() < 0.6
 
     (experiment.place(figures.GATED[-1], 0) / "checkpoint.pt").unlink()  # only Table 1 was run
-    figures.draw_gate(experiment, tmp_path / "gate.png")
+    figures.draw_gate(experiment, figures.GATED, tmp_path / "gate.png")
     assert len(drawn["gate.png"].axes[0].lines) == len(lines) - 2
