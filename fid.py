@@ -1,6 +1,6 @@
 r"""FID, sFID, Inception Score, KID, precision and recall, by the paper's tables' conventions.
 
-    python fid.py runs/casdm/best.pt cifar10 --n 50000   a checkpoint, sampled on the fly
+    python fid.py runs/casdm-cifar10/best.pt cifar10     a checkpoint, sampled on the fly (--n)
     python fid.py samples.npz reference.npz --json       images, or statistics of any maker
     python fid.py cifar10 --save-stats reference.npz     statistics for later
     python fid.py FOLDER shapes --weights random         the whole path without a download; no FID

@@ -1,4 +1,4 @@
-r"""The metrics: LPIPS (Eq. 13 of the paper), the other networks of its Table 3, and two without.
+r"""The metrics: LPIPS (Cas-DM Eq. 13), the networks of the paper's Table 3, and three beyond it.
 
     Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
     LPIPS    arXiv:1801.03924v2   The Unreasonable Effectiveness of Deep Features
@@ -7,7 +7,7 @@ An image metric is a callable (x0_hat, x0) -> [B]: both [B, 3, H, W] in [-1, 1],
 and only x0_hat receives a gradient.  `OnX0` makes of it what losses.py takes.
 
 To add one: a function that returns such a callable, and its row in METRICS.
-CHOICE: a metric sees x0' as phi says it, not clamped.
+CHOICE: a network's metric sees x0' as phi says it, not clamped; SSIM and HaarPSI clamp it.
 """
 
 import piq

@@ -9,8 +9,8 @@ r"""Trains Cas-DM, Dual Diffusion or a DDPM: Sec. 4.1 and figure 3 of the paper 
     python train.py --resume --out runs/casdm-cifar10        goes on, bit for bit on a CPU
 
 A run's folder holds checkpoint.pt (the last), log.jsonl (a row every 10 steps), curves.png and
-samples_STEP.png (from the moving average).  With --eval-every it also holds FID, sFID and IS in the
-log, and best.pt, since the paper reports the best of its evaluated checkpoints.
+samples_STEP.png (from the moving average).  With --eval-every or --eval-at it also holds FID, sFID
+and IS in the log, and best.pt, since the paper reports the best of its evaluated checkpoints.
 
 All randomness of step k follows from (seed, k) and the data order from (seed, epoch), so a
 checkpoint holds no random state.  Ctrl-C or SIGTERM finishes the step, saves, prints the command

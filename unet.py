@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Image size -> channels of the levels, as multiples; improved-diffusion's, and ours for 16 and 128
+# Image size -> channels of the levels, as multiples: improved-diffusion's, ADM's 128, and our 16
 LEVELS = {
     16: (1, 2, 2),
     32: (1, 2, 2, 2),

@@ -1,4 +1,6 @@
-r"""What Cas-DM stands on or is compared with; off by default, each reached by its own flags.
+r"""What Cas-DM stands on or is compared with; each is reached by its own flags.
+
+All are off by default, but for the solver, by which a run on `shapes` is sampled.
 
 A neighbour is one file and its rows below.  Delete them, and everything else works as before.
 What it may plug into the scripts is `plug.Neighbour`; earlier rows come first.
