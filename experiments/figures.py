@@ -213,10 +213,11 @@ def name_ticks(axis):
 
 
 def draw_points(axis, points, label):
-    """A line through {x: values}, with the standard error of each mean."""
+    """A line through {x: {seed: value}}, with the standard error of each mean."""
     x = sorted(points)
-    means = [np.mean(points[at]) for at in x]
-    errors = [standard_error(points[at]) for at in x]
+    values = [[*points[at].values()] for at in x]
+    means = [np.mean(of_seeds) for of_seeds in values]
+    errors = [standard_error(of_seeds) for of_seeds in values]
     axis.errorbar(x, means, errors, marker="o", capsize=3, label=label)
 
 

@@ -48,6 +48,7 @@ def table(lines, steps):
         differences_table(found, columns),
         steps_table(lines),
         *lengths_tables(lines, steps),
+        *gains_tables(lines, steps),
         others_table(found, others),
     ]
     if not any(rows for _, rows in tables):
@@ -117,18 +118,64 @@ def lengths_tables(lines, steps):
         for score in PRINTED:
             curves = {row: by_iterations(lines, row, score, n) for row in TABLE1}
             curves = {row: found for row, found in curves.items() if found.keys() - {1}}
-            shares = sorted({share for found in curves.values() for share in found})
-            header = [titles([(n, score)])[0], *(f"{share} x the iterations" for share in shares)]
-            tables.append((header, curve_rows(curves, shares, score)))
+            shares = shares_of(curves)
+            tables.append(
+                ([*titles([(n, score)]), *times(shares)], curve_rows(curves, shares, score))
+            )
     return tables
 
 
+def gains_tables(lines, steps):
+    """By how many percent the metric changes each score, against iterations, of equal seeds.
+
+    A table for each number of sampling steps and each row of Table 1 that has its metric beside it.
+    """
+    tables = []
+    for n in steps:
+        for row in TABLE1:
+            if f"{row} + metric" not in TABLE1:
+                continue
+            gains = {score: gain(lines, row, score, n) for score in PRINTED}
+            shares = shares_of(gains)
+            header = [f"{row} + metric - {row}, {n} steps", *times(shares)]
+            rows = []
+            for score, found in gains.items():
+                if found.keys() - {1}:
+                    cells = [f"{found[share]:+.0f} %" if share in found else "" for share in shares]
+                    rows.append([PRINTED[score].name, *cells])
+            tables.append((header, rows))
+    return tables
+
+
+def gain(lines, row, score, n):
+    """{share of the iterations: by how many percent the metric changes the row's score}."""
+    plain = by_iterations(lines, row, score, n)
+    metric = by_iterations(lines, f"{row} + metric", score, n)
+    found = {}
+    for share in plain.keys() & metric.keys():
+        seeds = plain[share].keys() & metric[share].keys()
+        before, after = (sum(side[share][seed] for seed in seeds) for side in (plain, metric))
+        if before:
+            found[share] = 100 * (after / before - 1)
+    return found
+
+
+def shares_of(curves):
+    """Every share of the iterations that one of the curves has."""
+    return sorted({share for found in curves.values() for share in found})
+
+
+def times(shares):
+    """The headers of shares: 2 x the iterations."""
+    return [f"{share} x the iterations" for share in shares]
+
+
 def curve_rows(curves, points, score):
-    """[row, score at each point] of each curve {point: values of the seeds}."""
+    """[row, score at each point] of each curve {point: {seed: value}}."""
     rows = []
     for row, found in curves.items():
         if found:
-            values = [found.get(point) for point in points]
+            values = [[*found.get(point, {}).values()] for point in points]
             rows.append([row, *(spread(v, score) if v else "" for v in values)])
     return rows
 
@@ -151,8 +198,8 @@ def means(found, columns):
 
 
 def own_rows():
-    """The rows that are sampled with the steps asked for, and not with steps of their own."""
-    return [row for (_, row), how in ROWS.items() if not how.steps]
+    """The rows of the preset's own iterations that have no sampling steps of their own."""
+    return [row for (_, row), how in ROWS.items() if not how.steps and how.share == 1]
 
 
 def titles(columns):
@@ -170,19 +217,19 @@ def with_all(found, row, columns):
 
 
 def by_steps(lines, row, score):
-    """{sampling steps: [score of each seed]} of a row's own runs."""
+    """{sampling steps: {seed: score}} of a row's own runs."""
     found = curve(lines, row, score)
     return {steps: values for (share, steps), values in found.items() if share == 1}
 
 
 def by_iterations(lines, row, score, n):
-    """{share of the preset's iterations: [score of each seed]} of a row, with n sampling steps."""
+    """{share of the preset's iterations: {seed: score}} of a row, with n sampling steps."""
     found = curve(lines, row, score)
     return {share: values for (share, steps), values in found.items() if steps == n}
 
 
 def curve(lines, row, score):
-    """{(share of the iterations, sampling steps): [score of each seed]} of a row.
+    """{(share of the iterations, sampling steps): {seed: score}} of a row.
 
     Of the row's own runs, of those trained longer or shorter, and with other steps; never under a
     variant.
@@ -201,7 +248,7 @@ def curve(lines, row, score):
             if score in line[steps]:
                 of_point = found.setdefault((share, int(steps)), {})
                 of_point[line["seed"]] = line[steps][score]
-    return {point: [*of_seeds.values()] for point, of_seeds in found.items()}
+    return found
 
 
 def scores_of(lines):

@@ -80,6 +80,26 @@ def test_the_curves_are_of_all_that_was_sampled_from_a_row_and_of_nothing_else(c
     assert of_sfid.splitlines()[-1] == "| Cas-DM | 0.00 | 0.00 ± 0.00 |"
 
 
+def test_the_gains_are_percents_of_equal_seeds_at_each_length(capsys):
+    def scored(row, fid, seed=0):
+        return line(row, seed, **{"10": {"fid_768": fid, "sfid": 1.0}})
+
+    lines = [
+        scored("Dual", 1.0),
+        scored("Dual", 3.0, seed=1),
+        scored("Dual", 99.0, seed=2),
+        scored("Dual + metric", 0.5),
+        scored("Dual + metric", 2.5, seed=1),
+        scored("Dual, 2 x the iterations", 1.0),
+        scored("Dual + metric, 2 x the iterations", 1.5),
+    ]
+    tables.table(lines, (10,))
+    said = capsys.readouterr().out
+    assert "| Dual + metric - Dual, 10 steps | 1 x the iterations | 2 x the iterations |" in said
+    assert said.endswith("| FID-768 | -25 % | +50 % |\n| sFID | +0 % | +0 % |\n")
+    assert "| Dual, 2 x the iterations |" not in said  # it has the tables of lengths alone
+
+
 def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
     """KID in thousandths; a line from before they were taken is in no other table's way."""
     scores = {"fid_768": 1.0, "sfid": 1.0}
