@@ -14,6 +14,7 @@ curves.png      FID-768 against sampling steps, and against training iterations
 lengths.png     every Frechet distance against training iterations
 longest.png     samples after the row's own iterations, and after the most
 gates.png       r_t over t of Cas-DM + metric, after ever more iterations
+pulls.png       and where over t L_mu pulls it
 expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; prints its log's means
 """
 
@@ -39,6 +40,7 @@ from experiments.tables import (
     scores_of,
     standard_error,
 )
+from losses import Batch, mu_loss
 from neighbours.solvers import SPACINGS
 from support import cli
 from support.draws import stream
@@ -116,41 +118,65 @@ def draw_rows(experiment, rows, steps, path, columns=14):
     save(figure, path)
 
 
-def draw_gate(experiment, rows, path, n=64):
-    """r_t over t, of seed 0, for n training images noised alike.
-
-    Its mean over images and positions; dashed, the best r for all of them.  Rows whose run is not
-    there are left out.
-    """
-    x0 = np.load(experiment.folder / "reference.npz")["arr_0"][:n]
-    x0 = from_pixels(torch.from_numpy(x0))
-    eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
+def draw_gate(experiment, rows, path):
+    """r_t over t: its mean over images and positions; dashed, the best r for all of them."""
     figure, axis = pyplot().subplots(figsize=(6, 3.5))
-    for row in rows:
-        checkpoint = experiment.place(row, 0) / "checkpoint.pt"
-        if checkpoint.exists():
-            t, learned, best = gate_of(checkpoint, x0, eps)
-            (line,) = axis.plot(t, learned, label=row)
-            axis.plot(t, best, "--", color=line.get_color())
+    for row, t, learned, best, _ in gates(experiment, rows):
+        (line,) = axis.plot(t, learned, label=row)
+        axis.plot(t, best, "--", color=line.get_color())
     title = "weight of x0': learned, and (dashed) the best for these images"
     axis.set(xlabel="t", ylabel="r_t", title=title)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 
-@torch.inference_mode()
+def draw_pulls(experiment, rows, path):
+    """How hard L_mu pulls r_t at each t: a point shows up where it raises r_t, else down."""
+    figure, axis = pyplot().subplots(figsize=(6, 3.5))
+    for row, t, *_, pulls in gates(experiment, rows):
+        (line,) = axis.semilogy(t, np.abs(pulls), linewidth=0.5, label=row)
+        for step, pulled in zip(t, pulls, strict=True):
+            marker = "^" if pulled > 0 else "v"
+            axis.plot(step, abs(pulled), marker, color=line.get_color(), markersize=4)
+    axis.set(xlabel="t", title="|d L_mu / d logit of r_t|: up where it raises r_t")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+def gates(experiment, rows, n=64):
+    """(row, *`gate_of`) of seed 0, of n training images noised alike, where the run is there."""
+    x0 = np.load(experiment.folder / "reference.npz")["arr_0"][:n]
+    x0 = from_pixels(torch.from_numpy(x0))
+    eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
+    for row in rows:
+        checkpoint = experiment.place(row, 0) / "checkpoint.pt"
+        if checkpoint.exists():
+            yield row, *gate_of(checkpoint, x0, eps)
+
+
 def gate_of(checkpoint, x0, eps):
-    """(t, mean of r_t, best r) of 25 steps, spread evenly."""
+    """(t, mean of r_t, best r, `pull` of L_mu) of 25 steps, spread evenly."""
     model, schedule, _ = load_model(checkpoint)
+    model.requires_grad_(False)
     steps = np.linspace(1, len(schedule.beta) - 1, 25).round().astype(int).tolist()
-    learned, best = [], []
+    learned, best, pulls = [], [], []
     for step in steps:
         t = torch.full((len(x0),), step)
         x_t = q_sample(x0, t, eps, schedule)
-        estimates = clean_estimates(x_t, t, model(x_t, t), schedule)
+        pred = model(x_t, t)
+        estimates = clean_estimates(x_t, t, pred, schedule)
         learned.append(estimates.r_t.mean().item())
         best.append(best_r(x0, estimates.x0_star, estimates.x0_hat))
-    return steps, learned, best
+        pulls.append(pull(pred, Batch(x0, t, eps, x_t), schedule))
+    return steps, learned, best, pulls
+
+
+def pull(pred, batch, schedule):
+    """-d L_mu / d logit of r_t, a logit for all images and positions: above 0 it raises r_t."""
+    shift = torch.zeros((), dtype=pred.r_t.dtype, requires_grad=True)
+    r_t = (pred.r_t.logit() + shift).sigmoid()
+    loss = mu_loss(pred._replace(r_t=r_t), batch, schedule).mean()
+    return -torch.autograd.grad(loss, shift)[0].item()
 
 
 def best_r(x0, x0_star, x0_hat):
@@ -296,6 +322,7 @@ def main(argv=None):
         rows = [row for name in CURVES for row in (name, at_lengths(name)[-1])]
         draw_rows(experiment, rows, STEPS[-1], a.out / "longest.png")
         draw_gate(experiment, at_lengths("Cas-DM + metric"), a.out / "gates.png")
+        draw_pulls(experiment, at_lengths("Cas-DM + metric"), a.out / "pulls.png")
     else:
         draw_results(experiment, a.out)
 

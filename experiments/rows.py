@@ -41,6 +41,7 @@ ROWS = {
     ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
     ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
     ("choices", "r_t = 1 in sampling"): Row("", "r-one", "Cas-DM"),
+    ("choices", "r_t = t / T in sampling"): Row("", "r-linear", "Cas-DM"),
     ("choices", "x0 clamped after mixing"): Row("", "clamp-mixed", "Cas-DM"),
     ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
     ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),

@@ -72,6 +72,15 @@ class GateOfOne(Cascade):
         return torch.ones_like(logit)
 
 
+class LinearGate(CasDM):
+    """r_t = t / T: from x0* alone where there is little noise to x0' alone where all is noise."""
+
+    def forward(self, x_t, t, y=None):
+        pred = super().forward(x_t, t, y)
+        r_t = t / (len(self.schedule.beta) - 1)
+        return pred._replace(r_t=r_t[:, None, None, None].expand_as(pred.r_t))
+
+
 # ---- sampling ----
 
 
@@ -137,6 +146,7 @@ VARIANTS = {
     "phi-unclamped": [(refiner, "MODELS", models(PhiUnclamped))],
     "r-free": [(refiner, "MODELS", models(FreeGate))],
     "r-one": [(refiner, "MODELS", models(GateOfOne))],
+    "r-linear": [(refiner, "MODELS", models(LinearGate))],
     "clamp-mixed": [
         (sample, "clean_estimates", unclamped),
         (sample.Ddim, "__call__", clamp_mixed),

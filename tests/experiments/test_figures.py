@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 import train
+from diffusion import SCHEDULES, Prediction, q_sample
 from experiments import figures, table1
 from experiments.rows import STEPS, at_lengths
+from losses import Batch, mu_loss
 from support import cli
 from support.files import save_npz
 
@@ -47,6 +49,26 @@ def test_the_best_r_is_the_one_that_the_image_was_mixed_with():
     across = other - (other * towards).sum() / towards.square().sum() * towards
     x0 = 0.3 * x0_hat + 0.7 * x0_star + across
     assert figures.best_r(x0, x0_star, x0_hat) == pytest.approx(0.3, abs=1e-12)
+
+
+def test_the_pull_is_what_a_small_change_of_the_logit_takes_off_l_mu():
+    """Upwards, towards r_t = 1, where x0' is exact; downwards where x0* is."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, other = torch.randn(3, 4, 3, 4, 4, generator=generator, dtype=torch.float64)
+    t, schedule = torch.tensor([1, 5, 20, 50]), SCHEDULES["cosine"](50)
+    batch = Batch(x0, t, eps, q_sample(x0, t, eps, schedule))
+    logit = torch.full((4, 1, 4, 4), 0.3, dtype=torch.float64)
+
+    def pred(x0_hat, eps_hat, more=0.0):
+        return Prediction(eps_hat, x0_hat, (logit + more).sigmoid())
+
+    assert figures.pull(pred(x0, other), batch, schedule) > 0
+    assert figures.pull(pred(other, eps), batch, schedule) < 0
+    after, before = (
+        mu_loss(pred(other, other, more), batch, schedule).mean().item() for more in (1e-5, -1e-5)
+    )
+    found = figures.pull(pred(other, other), batch, schedule)
+    assert found == pytest.approx((before - after) / 2e-5, rel=1e-6)
 
 
 @pytest.fixture
@@ -152,7 +174,15 @@ def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, drawn, m
     (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
     assert draw("results", tmp_path, tmp_path) == 0
     assert draw("longest", tmp_path, tmp_path) == 0
-    names = ("rows.png", "gate.png", "refined.png", "curves.png", "longest.png", "gates.png")
+    names = (
+        "rows.png",
+        "gate.png",
+        "refined.png",
+        "curves.png",
+        "longest.png",
+        "gates.png",
+        "pulls.png",
+    )
     for name in names:
         assert min(Image.open(tmp_path / name).size) > 100
 

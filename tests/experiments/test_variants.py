@@ -88,6 +88,14 @@ def test_a_gate_of_one_is_one_everywhere():
     assert torch.equal(theirs.r_t, torch.ones_like(ours.r_t))
 
 
+def test_a_linear_gate_grows_with_t_from_0_to_1():
+    """It is given t = 3 and 3,900 of 4,000."""
+    ours, theirs = says(CasDM), says(variants.LinearGate)
+    assert torch.equal(theirs.x0_hat, ours.x0_hat)
+    assert theirs.r_t.shape == ours.r_t.shape
+    assert_close(theirs.r_t[:, 0, 5, 5], torch.tensor([3 / 4000, 3900 / 4000]))
+
+
 # ---- sampling ----
 
 
