@@ -285,6 +285,20 @@ def test_the_results_of_ten_steps_are_those_of_their_lines(capsys):
     assert others in shown
 
 
+def test_the_results_of_longer_runs_are_those_of_their_lines(capsys):
+    """RESULTS.md has every score against iterations, and what the metric changes."""
+    path = ROOT / "experiments/table1_cpu_long.jsonl"
+    experiments.tables.table(table1.Experiment("cpu", results=path).lines(), (10,))
+    printed = tables(capsys.readouterr().out)
+    against_iterations = [rows for rows in printed if rows[0][1].endswith("iterations")]
+    assert len(against_iterations) == 10
+    shown = tables(PAGES["docs/RESULTS.md"])
+    assert all(rows in shown for rows in [*against_iterations, printed[-1]])
+    eps, casdm, metric = (row[-1] for row in against_iterations[0][1:])
+    sentence = f"DDPM (eps) has {eps}, Cas-DM {casdm}, Cas-DM + metric {metric}."
+    assert sentence in " ".join(README.split())
+
+
 def test_the_few_step_scores_are_those_of_the_lines():
     """RESULTS.md has the table that `experiments.steps` prints."""
     lines = (ROOT / "experiments/steps.jsonl").read_text().splitlines()
