@@ -2,8 +2,8 @@
 
 python -m experiments.figures schedules        the schedules alone
 python -m experiments.figures results          all that table1.py left, of the `cpu` preset
-python -m experiments.figures lengths          of its lines of longer and shorter runs
-python -m experiments.figures longest          of those runs themselves
+python -m experiments.figures lengths          the scores of its longer and shorter runs
+python -m experiments.figures longest          those runs themselves
 python -m experiments.figures expect RUN ...   folders of train.py --sample-every 100
 
 schedules.png   abar_t, its signal-to-noise ratio, an image on its way to noise, the spacings
@@ -12,9 +12,9 @@ gate.png        r_t over t: how much of a step comes from x0', and how much shou
 refined.png     figure 2's trace of Cas-DM + metric
 curves.png      FID-768 against sampling steps, and against training iterations
 lengths.png     every Frechet distance against training iterations
-longest.png     samples after the row's own iterations, and after the most
+longest.png     samples of runs of the preset's own length, and of the longest runs
 gates.png       r_t over t of Cas-DM + metric, after ever more iterations
-pulls.png       and where over t L_mu pulls it
+pulls.png       the pull of L_mu on that r_t, over t
 expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; prints its log's means
 """
 
@@ -51,6 +51,7 @@ from support.run import grid_path
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MILESTONES = (100, 300, 600, 1200)  # training steps
+DISTANCES = ("fid", "fid_768", "fd_judge", "fd_judge_rotations")  # Frechet's, of tables.PRINTED
 # Whose r_t is drawn.
 GATED = [
     *(row for row in TABLE1 if row.startswith(("Dual", "Cas-DM"))),
@@ -208,8 +209,7 @@ def draw_curves(experiment, path):
 def draw_lengths(experiment, path):
     """Each Frechet distance that the lines hold against iterations, of every row of Table 1."""
     lines, unit = experiment.lines(), experiment.preset.iterations
-    held = {score for line in lines for steps in line if steps.isdigit() for score in line[steps]}
-    scores = [score for score in PRINTED if score in held and score.startswith(("fid", "fd"))]
+    scores = [score for score in DISTANCES if any_row_has(lines, score)]
     size = (4.5 * len(scores), 4)
     figure, axes = pyplot().subplots(1, len(scores), squeeze=False, figsize=size)
     for axis, score in zip(axes[0], scores, strict=True):
@@ -217,6 +217,11 @@ def draw_lengths(experiment, path):
     axes[0][-1].legend()
     figure.tight_layout()
     save(figure, path)
+
+
+def any_row_has(lines, score):
+    """Whether a row of Table 1 has the score with the fewest sampling steps."""
+    return any(by_iterations(lines, row, score, STEPS[-1]) for row in TABLE1)
 
 
 def draw_lengths_of(axis, lines, rows, score, unit):

@@ -79,11 +79,12 @@ def lengths(name):
 
     Each of the longer ones goes on from the one before it.
     """
-    flags, names, found = ROWS["table 1", name].flags, at_lengths(name), {}
-    for before, row, share in zip(["", *names], names, LENGTHS, strict=False):
+    flags, found, before = ROWS["table 1", name].flags, {}, ""
+    for row, share in zip(at_lengths(name), LENGTHS, strict=True):
         if share != 1:
-            begins_with = before if share > 1 else ""
-            found["lengths", row] = Row(flags, begins_with=begins_with, share=share)
+            found["lengths", row] = Row(flags, begins_with=before, share=share)
+        if share >= 1:
+            before = row
     return found
 
 

@@ -13,8 +13,8 @@ of two judges of the same images (judge.py), which are trained first.  FID-768 i
 
 A finished run is a line of experiments/table1_PRESET.jsonl: its flags, its commit, its scores and
 the seconds of its last attempt.  What has its scores with every number of --steps is not made
-again, and a run that lacks one is sampled alone.  What was killed goes on where it was; so does a
-run of twice the iterations, from where the row's own run ends.
+again, and a run that lacks one is sampled alone.  What was killed goes on where it was.  A longer
+run goes on from where the shorter one ends.
 Table 1 comes first, then the other groups, each seed by seed, so that what is there is comparable
 at any time.
 
