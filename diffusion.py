@@ -1,12 +1,12 @@
-r"""The diffusion process: schedules, and the paper's Eqs. 1-11, 16 and 17 as pure functions.
+r"""The diffusion process: schedules, and Cas-DM Eqs. 1-11, 16 and 17 as pure functions.
 
     Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
     DDPM     arXiv:2006.11239v2   IDDPM   arXiv:2102.09672v1   DDIM   arXiv:2010.02502v4
 
-    Eqs. 1-3   beta, alpha and abar of a `Schedule`; `q_step`, `q_sample`
-    Eqs. 4-7   `p_sample`, `gaussian_kl`, `mu_from_x0`, `posterior_variance`
-    Eqs. 8-11  `x0_from_eps`, `mu_from_eps`, `mu_from_x0`, `mix`
-    Eqs. 16-17 `ddim_mu_from_x0`, `ddim_mu_from_eps`
+    Cas-DM Eqs. 1-3    beta, alpha and abar of a `Schedule`; `q_step`, `q_sample`
+    Cas-DM Eqs. 4-7    `p_sample`, `gaussian_kl`, `mu_from_x0`, `posterior_variance`
+    Cas-DM Eqs. 8-11   `x0_from_eps`, `mu_from_eps`, `mu_from_x0`, `mix`
+    Cas-DM Eqs. 16-17  `ddim_mu_from_x0`, `ddim_mu_from_eps`
 
 Symbols.  x0 is a clean image in [-1, 1], x_t a noisy one, eps the drawn noise.  `_hat` is a
 network's output, the paper's prime; `_star` is a closed form of one.  In every function

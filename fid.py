@@ -198,7 +198,7 @@ class Side(NamedTuple):
     batches: Iterator | None = None  # uint8 [N, 3, H, W]
 
 
-def open_side(source, a, device):
+def open_side(source, args, device):
     """The Side that `source` names; the one place that tells the kinds apart."""
     path = Path(source)
     if source not in DATASETS and not path.exists():
@@ -207,14 +207,14 @@ def open_side(source, a, device):
             f"a checkpoint .pt, or one of {', '.join(DATASETS)}; check the path"
         )
     if is_checkpoint(source):
-        model, settings = open_model(a, path, device)
-        batches = sampled(open_sampler(a, model, settings), a.n, a.batch_size)
-        return Side(a.n, batches=batches)
+        model, settings = open_model(args, path, device)
+        batches = sampled(open_sampler(args, model, settings), args.n, args.batch_size)
+        return Side(args.n, batches=batches)
     if path.suffix == ".npz" and read_npz(path, ["mu"]):
         features = load_statistics(path)
         return Side(features.n, features)
-    images = raw_images(source, a.data_dir, a.skip_bad)
-    return Side(len(images), batches=batched(images, a.batch_size))
+    images = raw_images(source, args.data_dir, args.skip_bad)
+    return Side(len(images), batches=batched(images, args.batch_size))
 
 
 def is_checkpoint(source):
@@ -235,10 +235,10 @@ def sampled(sampler, n, batch_size, watch=None):
 
 def parse_args(argv):
     """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
-    p = cli.Parser(__doc__)
-    p.add_argument("A", help="what is scored")
-    p.add_argument("B", nargs="?", help="the reference; may be left out with --save-stats")
-    what = p.add_argument_group("what")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("A", help="what is scored")
+    parser.add_argument("B", nargs="?", help="the reference; may be left out with --save-stats")
+    what = parser.add_argument_group("what")
     text = "Inception weights (default: pytorch-fid's published file, downloaded once)"
     what.add_argument("--weights", metavar="PATH|random", help=text)
     text = "features of an earlier layer, as pytorch-fid has them: fid_64, fid_192 or fid_768"
@@ -261,7 +261,7 @@ def parse_args(argv):
         action="store_true",
         help="leave out images that cannot be read, and count them",
     )
-    how = p.add_argument_group("of a checkpoint")
+    how = parser.add_argument_group("of a checkpoint")
     how.add_argument(
         "--n",
         type=cli.whole(2),
@@ -269,7 +269,7 @@ def parse_args(argv):
         help="images to sample; the paper takes 50000 for CIFAR-10",
     )
     sampler_flags(how)
-    where = p.add_argument_group("where")
+    where = parser.add_argument_group("where")
     where.add_argument("--data-dir", type=Path, help="where a named data set lies")
     text = f"save A's statistics, and up to {MOST_ROWS:,} images the rows that KID is taken from"
     where.add_argument("--save-stats", type=Path, metavar="FILE.npz", help=text)
@@ -278,50 +278,50 @@ def parse_args(argv):
     )
     where.add_argument("--batch-size", type=cli.whole(1, 1_000_000), default=50)
     where.add_argument("--device", type=cli.device, default="auto")
-    a = p.parse_args(argv)
-    check_args(p, a)
-    return a
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
 
 
-def check_args(p, a):
+def check_args(parser, args):
     """SystemExit 2, one line, for arguments that contradict each other."""
-    if a.B is None and a.save_stats is None:
-        p.error("only A was given; expected A and B, or A and --save-stats")
-    if a.precision_recall and (a.B is None or a.weights == "random"):
-        p.error(
+    if args.B is None and args.save_stats is None:
+        parser.error("only A was given; expected A and B, or A and --save-stats")
+    if args.precision_recall and (args.B is None or args.weights == "random"):
+        parser.error(
             "--precision-recall is for A against B by Inception weights; "
             "leave it out, or give B and other weights"
         )
-    if a.save_stats and a.save_stats.suffix != ".npz":
-        p.error(f"--save-stats {a.save_stats}: expected FILE.npz")
+    if args.save_stats and args.save_stats.suffix != ".npz":
+        parser.error(f"--save-stats {args.save_stats}: expected FILE.npz")
     for neighbour in neighbours():
-        neighbour.check_score(p, a)
-    check_sampler(p, a)
-    if not (is_checkpoint(a.A) or is_checkpoint(a.B)):
+        neighbour.check_score(parser, args)
+    check_sampler(parser, args)
+    if not (is_checkpoint(args.A) or is_checkpoint(args.B)):
         for flag in ("n", *vars(sampler_defaults())):
-            if getattr(a, flag) != p.get_default(flag):
-                p.error(f"--{flag} is for sampling, and neither A nor B is a checkpoint .pt")
+            if getattr(args, flag) != parser.get_default(flag):
+                parser.error(f"--{flag} is for sampling, and neither A nor B is a checkpoint .pt")
 
 
 def main(argv=None):
     """The scores of A against B, statistics for later, or both."""
-    a = parse_args(argv)
-    check_folder(a.save_stats)
-    device = parallel.begin(cli.open_device(a.device))
-    sides = [open_side(source, a, device) for source in (a.A, a.B) if source is not None]
-    if a.precision_recall and not all(map(gives_rows, sides)):
+    args = parse_args(argv)
+    check_folder(args.save_stats)
+    device = parallel.begin(cli.open_device(args.device))
+    sides = [open_side(source, args, device) for source in (args.A, args.B) if source is not None]
+    if args.precision_recall and not all(map(gives_rows, sides)):
         raise ValueError(
             "--precision-recall, and A or B holds statistics alone; "
             "expected images, or statistics with rows, on both sides; leave it out"
         )
-    network = open_network(a, sides, device)
-    by_rows = takes_rows(a, sides, network)
+    network = open_network(args, sides, device)
+    by_rows = takes_rows(args, sides, network)
     save_rows = False
-    if a.save_stats and a.weights != "random":
+    if args.save_stats and args.weights != "random":
         save_rows = (sides[0].n or 0) <= MOST_ROWS
 
     exact, head = network, None
-    if network and a.precision == "bf16":
+    if network and args.precision == "bf16":
         network = copy.deepcopy(exact).bfloat16()
         first = 0 if sides[0].batches is not None else 1
         head, sides[first] = _head(sides[first], device)
@@ -331,16 +331,16 @@ def main(argv=None):
         features.append(side.features or features_of(side.batches, network, side.n, keep))
 
     note = sys.stdout  # which begin() has closed to every rank but the first
-    if a.json and parallel.rank() == 0:
+    if args.json and parallel.rank() == 0:
         note = sys.stderr
-    if a.save_stats:
-        save_statistics(a.save_stats, features[0])
-        print(f"statistics of {a.A} written to {a.save_stats.absolute()}", file=note)
-    if a.B:
-        print_scores(features, by_rows, a.json)
+    if args.save_stats:
+        save_statistics(args.save_stats, features[0])
+        print(f"statistics of {args.A} written to {args.save_stats.absolute()}", file=note)
+    if args.B:
+        print_scores(features, by_rows, args.json)
     print(convention(features, network), file=note)
     if head:
-        other = features[1 - first] if a.B else None
+        other = features[1 - first] if args.B else None
         print(bf16_effect(head, exact, network, other), file=note)
 
 
@@ -358,32 +358,32 @@ def gives_rows(side):
     return side.batches is not None or side.features.pool is not None
 
 
-def open_network(a, sides, device):
+def open_network(args, sides, device):
     """The network that makes the features, as it made those in files; None where files hold all."""
     if not any(side.batches is not None for side in sides):
         return None
-    network = feature_network(a).to(device)
+    network = feature_network(args).to(device)
     for side in sides:
         if side.features:
             check_weights(side.features.weights, network.name)  # before hours of sampling
     return network
 
 
-def feature_network(a):
+def feature_network(args):
     """The network whose features are compared: a neighbour's, or Inception's."""
     for neighbour in neighbours():
-        network = neighbour.score_network(a)
+        network = neighbour.score_network(args)
         if network:
             return network
-    return InceptionFeatures(a.weights, a.dims)
+    return InceptionFeatures(args.weights, args.dims)
 
 
-def takes_rows(a, sides, network):
+def takes_rows(args, sides, network):
     """Whether KID, precision and recall are computed: both sides have rows, at a fair cost."""
-    if len(sides) < 2 or a.weights == "random" or not all(map(gives_rows, sides)):
+    if len(sides) < 2 or args.weights == "random" or not all(map(gives_rows, sides)):
         return False
     dims = network.dims if network else len(sides[0].features.mu)
-    return _affordable(*(side.n for side in sides), dims, a.precision_recall)
+    return _affordable(*(side.n for side in sides), dims, args.precision_recall)
 
 
 def _affordable(n_a, n_b, dims, asked):

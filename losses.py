@@ -1,10 +1,10 @@
-r"""The losses: Eqs. 12-15 of the paper.
+r"""The losses: Cas-DM Eqs. 12-15.
 
     Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
 
-    Eq. 12       `eps_loss`, `x0_loss`, `mu_loss`      which of them a model has is the model's own
-    Eq. 13       `training_losses` adds the metrics    the metrics themselves are metrics.py's
-    Eqs. 14, 15  `objective`                           every lambda by its name
+    Cas-DM Eq. 12       `eps_loss`, `x0_loss`, `mu_loss`; a model says which of them it has
+    Cas-DM Eq. 13       `training_losses` adds the metrics, which are metrics.py's
+    Cas-DM Eqs. 14, 15  `objective` gives every term its lambda
 
 A term is [B]: one number an image, the mean over C, H, W.
 CHOICE: the paper's ||.||^2 is that mean, as in improved-diffusion and in Dual's official code;

@@ -53,10 +53,10 @@ class Model(nn.Module):
     options = ()  # settings that mean something to this model and not to all
     makes_images, needs_labels = True, False
 
-    def __init__(self, s):
+    def __init__(self, settings):
         super().__init__()
-        self.schedule = SCHEDULES[s["schedule"]](s["T"])
-        self.num_classes = s["num_classes"]
+        self.schedule = SCHEDULES[settings["schedule"]](settings["T"])
+        self.num_classes = settings["num_classes"]
 
     def time(self, t, like):
         """(t - 1) * 1000 / T   [B] float
@@ -79,9 +79,9 @@ class DDPM(Model):
     options = ("predict",)
     out_channels = 3
 
-    def __init__(self, s):
-        super().__init__(s)
-        self.theta = network(s, 3, self.out_channels)
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.theta = network(settings, 3, self.out_channels)
 
     def forward(self, x_t, t, y=None):
         eps_hat = self.theta(x_t, self.time(t, x_t), y)
@@ -114,9 +114,9 @@ class DualDiffusion(Model):
 
     terms = ("eps", "x0", "mu")
 
-    def __init__(self, s):
-        super().__init__(s)
-        self.theta = network(s, 3, 7)
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.theta = network(settings, 3, 7)
 
     def forward(self, x_t, t, y=None):
         out = self.theta(x_t, self.time(t, x_t), y)
@@ -150,11 +150,12 @@ class CasDM(Model):
     terms = ("eps", "x0", "mu")
     options = ("refiner", "refiner_input")
 
-    def __init__(self, s):
-        super().__init__(s)
-        self.theta = network(s, 3, 3)
-        self.phi = network(s, REFINER_INPUTS[s["refiner_input"]], 4, REFINERS[s["refiner"]])
-        self.phi_sees_eps = s["refiner_input"] == "x0+eps"
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.theta = network(settings, 3, 3)
+        in_channels = REFINER_INPUTS[settings["refiner_input"]]
+        self.phi = network(settings, in_channels, 4, REFINERS[settings["refiner"]])
+        self.phi_sees_eps = settings["refiner_input"] == "x0+eps"
 
     def forward(self, x_t, t, y=None):
         time = self.time(t, x_t)
@@ -184,29 +185,29 @@ def build_model(settings):
     The keys are train.py's flags, absent ones take DEFAULTS.
     ValueError for sizes that the U-Net cannot have.
     """
-    s = DEFAULTS | settings
-    return model_class(s)(s)
+    settings = DEFAULTS | settings
+    return model_class(settings)(settings)
 
 
-def model_class(s):
+def model_class(settings):
     """The class that --model and --predict name."""
-    if s["model"] == "ddpm":
-        return PREDICTIONS[s["predict"]]
-    return MODELS[s["model"]]
+    if settings["model"] == "ddpm":
+        return PREDICTIONS[settings["predict"]]
+    return MODELS[settings["model"]]
 
 
-def network(s, in_channels, out_channels, fixed_resolution=False):
+def network(settings, in_channels, out_channels, fixed_resolution=False):
     """A U-Net of the settings' size; --label-dropout needs one label more, for none at all."""
-    labels = s["num_classes"]
-    if labels and s["label_dropout"]:
+    labels = settings["num_classes"]
+    if labels and settings["label_dropout"]:
         labels += 1
     return UNet(
         in_channels,
         out_channels,
-        s["image_size"],
-        s["channels"],
-        s["res_blocks"],
-        s["dropout"],
+        settings["image_size"],
+        settings["channels"],
+        settings["res_blocks"],
+        settings["dropout"],
         labels,
         fixed_resolution=fixed_resolution,
     )

@@ -129,9 +129,9 @@ class Sampler:
 # ---- the script ----
 
 
-def ddim(a, settings):
+def ddim(args, settings):
     """The sampler that --sampler ddim and --eta ask for."""
-    return lambda noise, y: Ddim(a.eta or 0.0, noise)
+    return lambda noise, y: Ddim(args.eta or 0.0, noise)
 
 
 # To add one: a class like Ddim, a function like `ddim` and its row, or a neighbour's `samplers`.
@@ -148,49 +148,49 @@ def samplers():
 
 def main(argv=None):
     """Samples, a trace, the weights alone, or what a neighbour does instead."""
-    a = parse_args(argv)
-    device = parallel.begin(cli.open_device(a.device))
-    if a.save_weights:
+    args = parse_args(argv)
+    device = parallel.begin(cli.open_device(args.device))
+    if args.save_weights:
         if parallel.rank() == 0:
-            save_weights(a)
+            save_weights(args)
         return
-    model, settings = open_model(a, a.checkpoint, device)
+    model, settings = open_model(args, args.checkpoint, device)
     for neighbour in neighbours():
-        if neighbour.instead(a, model, settings):
+        if neighbour.instead(args, model, settings):
             return
-    check_writable(a.trace or a.out)
-    set_precision(model, a.precision)
-    sampler = open_sampler(a, model, settings)
-    if a.trace:
-        draw_trace(sampler, a.trace)
+    check_writable(args.trace or args.out)
+    set_precision(model, args.precision)
+    sampler = open_sampler(args, model, settings)
+    if args.trace:
+        draw_trace(sampler, args.trace)
     else:
-        write_images(a, sampler)
-    what = "a trace" if a.trace else f"{a.n} images"
-    weights = "trained" if a.raw else "EMA"
+        write_images(args, sampler)
+    what = "a trace" if args.trace else f"{args.n} images"
+    weights = "trained" if args.raw else "EMA"
     print(
         f"{what} of {weights} weights, {sampler.described()}, "
-        f"written to {(a.trace or a.out).absolute()}"
+        f"written to {(args.trace or args.out).absolute()}"
     )
 
 
-def open_model(a, path, device):
+def open_model(args, path, device):
     """(model, settings) of a checkpoint, or of what a neighbour can open."""
     for neighbour in neighbours():
-        opened = neighbour.open(a, path)
+        opened = neighbour.open(args, path)
         if opened:
             model, settings = opened
             return model.to(device).eval(), settings
-    model, _, settings = load_model(path, device, a.raw)
+    model, _, settings = load_model(path, device, args.raw)
     return model, settings
 
 
-def open_sampler(a, model, settings):
+def open_sampler(args, model, settings):
     """The Sampler that the arguments describe; ValueError where the model cannot do it.
 
     Its sampler and its steps are the settings' own where none were typed.
     """
-    name = a.sampler or settings.get("sampler", "ddim")
-    if a.eta is not None:
+    name = args.sampler or settings.get("sampler", "ddim")
+    if args.eta is not None:
         name = "ddim"
     if name not in samplers():
         raise ValueError(
@@ -201,32 +201,32 @@ def open_sampler(a, model, settings):
     steps = 100
     if name == settings.get("sampler", "ddim"):
         steps = settings.get("sample_steps", 100)
-    steps = a.steps or min(T, steps)
-    sampler = Sampler(model, settings["image_size"], steps, a.seed)
-    sampler.name, sampler.make_step = name, samplers()[name](a, settings)
+    steps = args.steps or min(T, steps)
+    sampler = Sampler(model, settings["image_size"], steps, args.seed)
+    sampler.name, sampler.make_step = name, samplers()[name](args, settings)
     for neighbour in neighbours():
-        neighbour.steer(a, sampler, settings)
-    if a.label is not None and a.label >= (sampler.classes or 0):
+        neighbour.steer(args, sampler, settings)
+    if args.label is not None and args.label >= (sampler.classes or 0):
         known = "the model has no classes"
         if sampler.classes:
             known = f"the model has the classes 0 to {sampler.classes - 1}"
         raise ValueError(
-            f"--label {a.label}: {known}; "
+            f"--label {args.label}: {known}; "
             "expected one that was trained; leave it out, or train with --class-cond"
         )
-    sampler.label = a.label
+    sampler.label = args.label
     return sampler
 
 
-def save_weights(a):
+def save_weights(args):
     """A new file with the weights and the settings alone, to be opened like the checkpoint."""
-    path = a.save_weights
+    path = args.save_weights
     check_writable(path)
     if path.exists():
         raise ValueError(f"{path} exists; expected a new file; remove it, or choose another")
-    model, _, settings = load_model(a.checkpoint, raw=a.raw, classifier=None)
-    write_weights(path, settings, "model" if a.raw else "ema", model.state_dict())
-    weights = "trained" if a.raw else "EMA"
+    model, _, settings = load_model(args.checkpoint, raw=args.raw, classifier=None)
+    write_weights(path, settings, "model" if args.raw else "ema", model.state_dict())
+    weights = "trained" if args.raw else "EMA"
     megabytes = path.stat().st_size / 1e6
     print(f"{weights} weights in float16, {megabytes:.1f} MB, written to {path.absolute()}")
 
@@ -247,36 +247,36 @@ def draw_trace(sampler, path, most=10):
         pictures.save_trace([columns[i] for i in picked], path)
 
 
-def write_images(a, sampler):
+def write_images(args, sampler):
     """--n images to --out, each rank drawing its share."""
     pixels = []
     steps = len(sampler.chain.step) - 1
-    with cli.progress(a.n * steps, "sampling", "step") as bar:
-        for first, n in parallel.share(a.n, a.batch_size):
+    with cli.progress(args.n * steps, "sampling", "step") as bar:
+        for first, n in parallel.share(args.n, args.batch_size):
             done = n * parallel.size()
             images = sampler(first, n, lambda *_, done=done: bar.update(done))
             pixels.append(parallel.concat(to_pixels(images)).cpu().numpy())
     if parallel.rank():
         return
     pixels = np.concatenate(pixels)
-    if a.out.suffix == ".png":
-        pictures.save_grid(pixels, a.out, sampler.classes if a.label is None else None)
-    elif a.out.suffix == ".npz":
-        save_npz(pixels, a.out)
+    if args.out.suffix == ".png":
+        pictures.save_grid(pixels, args.out, sampler.classes if args.label is None else None)
+    elif args.out.suffix == ".npz":
+        save_npz(pixels, args.out)
     else:
-        pictures.save_folder(pixels, a.out)
+        pictures.save_folder(pixels, args.out)
 
 
 def parse_args(argv):
     """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
-    p = cli.Parser(__doc__)
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("--n", type=cli.whole(1), default=64, help="images")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--n", type=cli.whole(1), default=64, help="images")
     text = "draw one image's way instead: x_t, x0*, x0' and r_t over the steps"
-    p.add_argument("--trace", type=Path, metavar="FILE.png", help=text)
+    parser.add_argument("--trace", type=Path, metavar="FILE.png", help=text)
     text = "write the weights and the settings alone instead, in float16; opened like a checkpoint"
-    p.add_argument("--save-weights", type=Path, metavar="FILE.pt", help=text)
-    where = p.add_argument_group("where")
+    parser.add_argument("--save-weights", type=Path, metavar="FILE.pt", help=text)
+    where = parser.add_argument_group("where")
     text = (
         "FILE.png: a grid; FILE.npz: arr_0 uint8 [N, H, W, 3]; else a folder of PNGs "
         "(default: samples.png)"
@@ -286,68 +286,72 @@ def parse_args(argv):
     text = "bf16: the networks under autocast"
     where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
     where.add_argument("--device", type=cli.device, default="auto")
-    sampler_flags(p.add_argument_group("how"))
+    sampler_flags(parser.add_argument_group("how"))
     for neighbour in neighbours():
-        neighbour.sample_flags(p)
-    a = p.parse_args(argv)
-    if a.out and a.trace:
-        p.error(f"--out {a.out} is for samples, and --trace draws none; leave one of them out")
+        neighbour.sample_flags(parser)
+    args = parser.parse_args(argv)
+    if args.out and args.trace:
+        parser.error(
+            f"--out {args.out} is for samples, and --trace draws none; leave one of them out"
+        )
     for neighbour in neighbours():
-        neighbour.check_sample(p, a)
-    if a.save_weights:
-        check_save(p, a)
-    a.out = a.out or Path("samples.png")
-    if a.out.suffix not in ("", ".png", ".npz"):
-        p.error(f"--out {a.out}: expected FILE.png, FILE.npz or a folder's name without a dot")
-    if a.trace and a.trace.suffix != ".png":
-        p.error(f"--trace {a.trace}: expected FILE.png")
-    check_sampler(p, a)
-    return a
+        neighbour.check_sample(parser, args)
+    if args.save_weights:
+        check_save(parser, args)
+    args.out = args.out or Path("samples.png")
+    if args.out.suffix not in ("", ".png", ".npz"):
+        parser.error(
+            f"--out {args.out}: expected FILE.png, FILE.npz or a folder's name without a dot"
+        )
+    if args.trace and args.trace.suffix != ".png":
+        parser.error(f"--trace {args.trace}: expected FILE.png")
+    check_sampler(parser, args)
+    return args
 
 
-def check_save(p, a):
-    """p.error, one line, where --save-weights names no .pt, or where a flag means nothing to it."""
-    if a.save_weights.suffix != ".pt":
-        p.error(f"--save-weights {a.save_weights}: expected FILE.pt")
-    for key, value in vars(a).items():
+def check_save(parser, args):
+    """parser.error, one line, where --save-weights names no .pt, or a flag means nothing to it."""
+    if args.save_weights.suffix != ".pt":
+        parser.error(f"--save-weights {args.save_weights}: expected FILE.pt")
+    for key, value in vars(args).items():
         known = key in ("checkpoint", "save_weights", "raw", "device")
-        if not known and value != p.get_default(key):
-            p.error(f"--{key.replace('_', '-')} means nothing to --save-weights; leave it out")
+        if not known and value != parser.get_default(key):
+            parser.error(f"--{key.replace('_', '-')} means nothing to --save-weights; leave it out")
 
 
-def sampler_flags(p):
+def sampler_flags(parser):
     """How images are drawn, here and by fid.py."""
     text = "sampling steps, 1 to T (default: the run's --sample-steps; the paper's 100)"
-    p.add_argument("--steps", type=cli.whole(1), help=text)
+    parser.add_argument("--steps", type=cli.whole(1), help=text)
     text = (
         "ddim: the paper's; ddpm: ancestral; dpm++: of second order, for few steps "
         "(default: the run's --sampler; the paper's ddim)"
     )
-    p.add_argument("--sampler", choices=samplers(), help=text)
+    parser.add_argument("--sampler", choices=samplers(), help=text)
     text = "of ddim; 0: deterministic; 1: the noise of the posterior (default: 0)"
-    p.add_argument("--eta", type=cli.real(0, 1), help=text)
-    p.add_argument("--seed", type=cli.whole(0), default=0, help="of the noise")
+    parser.add_argument("--eta", type=cli.real(0, 1), help=text)
+    parser.add_argument("--seed", type=cli.whole(0), default=0, help="of the noise")
     text = "the trained weights instead of their moving average"
-    p.add_argument("--raw", action="store_true", help=text)
+    parser.add_argument("--raw", action="store_true", help=text)
     text = "all images of class K, 0, 1, ... (default: every class in turn)"
-    p.add_argument("--label", type=cli.whole(0), metavar="K", help=text)
+    parser.add_argument("--label", type=cli.whole(0), metavar="K", help=text)
     for neighbour in neighbours():
-        neighbour.sampler_flags(p)
+        neighbour.sampler_flags(parser)
 
 
-def check_sampler(p, a):
-    """p.error, one line, where two of `sampler_flags` contradict each other."""
-    if a.eta is not None and a.sampler not in (None, "ddim"):
-        p.error("--eta is DDIM's; leave it out, or leave --sampler out")
+def check_sampler(parser, args):
+    """parser.error, one line, where two of `sampler_flags` contradict each other."""
+    if args.eta is not None and args.sampler not in (None, "ddim"):
+        parser.error("--eta is DDIM's; leave it out, or leave --sampler out")
     for neighbour in neighbours():
-        neighbour.check_sampler(p, a)
+        neighbour.check_sampler(parser, args)
 
 
 def sampler_defaults():
     """What `sampler_flags` give where none is typed."""
-    p = argparse.ArgumentParser()
-    sampler_flags(p)
-    return p.parse_args([])
+    parser = argparse.ArgumentParser()
+    sampler_flags(parser)
+    return parser.parse_args([])
 
 
 if __name__ == "__main__":

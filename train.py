@@ -52,30 +52,31 @@ def train(run):
 
 def main(argv=None):
     """Trains a new run or goes on with one; returns the exit code."""
-    s, a = parse_args(__doc__, argv)
-    device = parallel.begin(cli.open_device(a.device))
-    folder = (a.out or Path("runs") / f"{s['model']}-{Path(s['data']).stem}").absolute()
-    state = reopen(folder, a.typed) if a.resume else None
+    settings, args = parse_args(__doc__, argv)
+    device = parallel.begin(cli.open_device(args.device))
+    name = f"{settings['model']}-{Path(settings['data']).stem}"
+    folder = (args.out or Path("runs") / name).absolute()
+    state = reopen(folder, args.typed) if args.resume else None
     if state:
-        s = state["settings"]
-        done = state["step"] >= s["iterations"]
-        if done and not any(pending(s, folder, state["step"])):
+        settings = state["settings"]
+        done = state["step"] >= settings["iterations"]
+        if done and not any(pending(settings, folder, state["step"])):
             print(
-                f"{folder} is finished: {state['step']} of {s['iterations']} steps; "
+                f"{folder} is finished: {state['step']} of {settings['iterations']} steps; "
                 "--iterations N goes on to N"
             )
             return 0
     elif parallel.rank() == 0:
         refuse_taken(folder)
-    images, metrics, network = parallel.first(lambda: load_inputs(s))
+    images, metrics, network = parallel.first(lambda: load_inputs(settings))
     if state:
-        check_data(state, s, images)
+        check_data(state, settings, images)
     if network:
         network.to(device)
         # before the first step: it takes minutes, and can fail
         reference_features(images, network)
     with cli.Stop() as stop:
-        run = Run(s, folder, device, images, metrics, stop, network, state)
+        run = Run(settings, folder, device, images, metrics, stop, network, state)
         state = None  # as large as the run itself
         folder.mkdir(parents=True, exist_ok=True)
         run.introduce()

@@ -241,9 +241,9 @@ def few_steps(device, folder):
     model, _, settings = load_model(SHAPES, device)
 
     def sampler(name, steps):
-        a = sampler_defaults()
-        a.sampler, a.steps = name, steps
-        return open_sampler(a, model, settings)
+        args = sampler_defaults()
+        args.sampler, args.steps = name, steps
+        return open_sampler(args, model, settings)
 
     ten, hundred = sampler(None, None), sampler("ddim", 100)
     return Row(lambda: ten(0, 64), lambda: hundred(0, 64), ">= 9 x")
@@ -515,41 +515,41 @@ def waits(run):
 
 def main(argv=None):
     """The table of the rows that are named."""
-    a = parse_args(argv)
-    device = cli.open_device(a.device)
-    if "gpu" in a.rows and device.type != "cuda":
+    args = parse_args(argv)
+    device = cli.open_device(args.device)
+    if "gpu" in args.rows and device.type != "cuda":
         raise ValueError(
             f"gpu: the device is {device}; expected a GPU that torch sees; name other rows"
         )
-    print(f"{machine(device)}; median of {a.repeats}\n")
+    print(f"{machine(device)}; median of {args.repeats}\n")
     print_cells("row", "work", "reference", "ratio", "target", "of peak", "differ")
-    for name in a.rows or ROWS:
+    for name in args.rows or ROWS:
         if name == "gpu":
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                print_line(name, ROWS[name](device, Path(folder)), a.repeats, device)
+                print_line(name, ROWS[name](device, Path(folder)), args.repeats, device)
             except FileNotFoundError as e:
                 print(f"{name:18}skipped: {e}")
         gc.collect()
-    if device.type == "cuda" and "gpu" in (a.rows or ["gpu"]):
+    if device.type == "cuda" and "gpu" in (args.rows or ["gpu"]):
         with tempfile.TemporaryDirectory() as folder:
-            gpu(device, Path(folder), a.repeats)
+            gpu(device, Path(folder), args.repeats)
 
 
 def parse_args(argv):
     """The arguments; SystemExit 2, one line, for a row that is not there."""
     every = ROWS | {"gpu": gpu}
     rows = "\n".join(f"    {name:18}{row.__doc__}" for name, row in every.items())
-    p = cli.Parser(__doc__ + rows)
-    p.add_argument("rows", nargs="*", metavar="ROW", help="all of them where none is named")
-    p.add_argument("--repeats", type=cli.whole(1), default=5)
-    p.add_argument("--device", type=cli.device, default="auto")
-    a = p.parse_args(argv)
-    unknown = sorted(set(a.rows) - set(every))
+    parser = cli.Parser(__doc__ + rows)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="all of them where none is named")
+    parser.add_argument("--repeats", type=cli.whole(1), default=5)
+    parser.add_argument("--device", type=cli.device, default="auto")
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.rows) - set(every))
     if unknown:
-        p.error(f"got {', '.join(unknown)}; expected rows of the table")
-    return a
+        parser.error(f"got {', '.join(unknown)}; expected rows of the table")
+    return args
 
 
 def machine(device):

@@ -302,34 +302,36 @@ def draw_results(experiment, folder):
 
 def main(argv=None):
     """The pictures that are named."""
-    p = cli.Parser(__doc__)
-    p.add_argument("what", choices=("schedules", "results", "lengths", "longest", "expect"))
-    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of expect")
-    p.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("what", choices=("schedules", "results", "lengths", "longest", "expect"))
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of expect")
+    parser.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
     text = "where table1.py's runs lie (default: runs/table1-PRESET)"
-    p.add_argument("--work", type=Path, help=text)
+    parser.add_argument("--work", type=Path, help=text)
     text = "its lines (default: experiments/table1_PRESET.jsonl)"
-    p.add_argument("--results", type=Path, help=text)
-    p.add_argument("--out", type=Path, default=ASSETS, metavar="FOLDER")
-    a = p.parse_args(argv)
-    if not a.out.is_dir():
-        raise FileNotFoundError(f"{a.out} does not exist; expected a folder; make it first")
-    if bool(a.runs) != (a.what == "expect"):
-        p.error(f"{a.what}: got {len(a.runs)} runs; expected some with expect, and none otherwise")
-    experiment = table1.Experiment(a.preset, a.work, a.results)
-    if a.what == "schedules":
-        draw_schedules(a.out / "schedules.png")
-    elif a.what == "expect":
-        draw_expected(a.runs, a.out / "expect.png")
-    elif a.what == "lengths":
-        draw_lengths(experiment, a.out / "lengths.png")
-    elif a.what == "longest":
+    parser.add_argument("--results", type=Path, help=text)
+    parser.add_argument("--out", type=Path, default=ASSETS, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    if not args.out.is_dir():
+        raise FileNotFoundError(f"{args.out} does not exist; expected a folder; make it first")
+    if bool(args.runs) != (args.what == "expect"):
+        parser.error(
+            f"{args.what}: got {len(args.runs)} runs; expected some with expect, and none otherwise"
+        )
+    experiment = table1.Experiment(args.preset, args.work, args.results)
+    if args.what == "schedules":
+        draw_schedules(args.out / "schedules.png")
+    elif args.what == "expect":
+        draw_expected(args.runs, args.out / "expect.png")
+    elif args.what == "lengths":
+        draw_lengths(experiment, args.out / "lengths.png")
+    elif args.what == "longest":
         rows = [row for name in CURVES for row in (name, at_lengths(name)[-1])]
-        draw_rows(experiment, rows, STEPS[-1], a.out / "longest.png")
-        draw_gate(experiment, at_lengths("Cas-DM + metric"), a.out / "gates.png")
-        draw_pulls(experiment, at_lengths("Cas-DM + metric"), a.out / "pulls.png")
+        draw_rows(experiment, rows, STEPS[-1], args.out / "longest.png")
+        draw_gate(experiment, at_lengths("Cas-DM + metric"), args.out / "gates.png")
+        draw_pulls(experiment, at_lengths("Cas-DM + metric"), args.out / "pulls.png")
     else:
-        draw_results(experiment, a.out)
+        draw_results(experiment, args.out)
 
 
 if __name__ == "__main__":

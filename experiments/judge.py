@@ -176,14 +176,14 @@ def features(judge, pixels):
 
 def main(argv=None):
     """Trains the judge unless its file is there, and checks it."""
-    a = parse_args(argv)
-    judge = load_judge(a.out) if a.out.exists() else None
-    settings = DEFAULTS | a.typed
+    args = parse_args(argv)
+    judge = load_judge(args.out) if args.out.exists() else None
+    settings = DEFAULTS | args.typed
     if judge:
         settings = judge.settings
-        refuse_others(a.typed, settings, a.out)
+        refuse_others(args.typed, settings, args.out)
     task, seed = settings["task"], settings["seed"]
-    images = load_images(a.data, settings["image_size"])
+    images = load_images(args.data, settings["image_size"])
     pixels, labels = np.asarray(images.pixels), images.labels
     if labels is None and task == "classes":
         raise ValueError(
@@ -204,10 +204,10 @@ def main(argv=None):
         judge = Judge(settings)
         train(judge, pixels[trained], labels[trained], settings["iterations"], seed)
         right = accuracy(judge, pixels[held_out], labels[held_out], seed)
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        save_judge(a.out, judge, right)
-        print(f"{100 * right:.1f} % of {len(held_out):,} held-out images right; {a.out} written")
-    check(load_judge(a.out), pixels[held_out], labels[held_out], pixels[trained[:REFERENCE]])
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        save_judge(args.out, judge, right)
+        print(f"{100 * right:.1f} % of {len(held_out):,} held-out images right; {args.out} written")
+    check(load_judge(args.out), pixels[held_out], labels[held_out], pixels[trained[:REFERENCE]])
 
 
 def refuse_others(typed, settings, path):
@@ -222,22 +222,24 @@ def refuse_others(typed, settings, path):
 
 def parse_args(argv):
     """The arguments; `typed` holds those of DEFAULTS that were given."""
-    p = cli.Parser(__doc__)
-    p.add_argument("--data", default="cifar10", help="the images, as train.py takes them")
-    p.add_argument("--image-size", type=cli.whole(8), help="(default: the images' own)")
-    p.add_argument("--task", choices=TASKS, help="what it learns (default: classes)")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--data", default="cifar10", help="the images, as train.py takes them")
+    parser.add_argument("--image-size", type=cli.whole(8), help="(default: the images' own)")
+    parser.add_argument("--task", choices=TASKS, help="what it learns (default: classes)")
     text = f"of {BATCH} images (default: {DEFAULTS['iterations']})"
-    p.add_argument("--iterations", type=cli.whole(1), help=text)
+    parser.add_argument("--iterations", type=cli.whole(1), help=text)
     # with fewer than 8 channels torch 2.14 may abort on a CPU
     text = f"of the first blocks (default: {DEFAULTS['channels']})"
-    p.add_argument("--channels", type=cli.whole(8), help=text)
-    p.add_argument("--seed", type=cli.whole(0), help="(default: 0)")
-    p.add_argument("--out", type=Path, metavar="FILE.pt", help="(default: runs/judge-DATA-TASK.pt)")
-    a = p.parse_args(argv)
-    a.typed = {key: getattr(a, key) for key in DEFAULTS if getattr(a, key) is not None}
-    task = a.task or DEFAULTS["task"]
-    a.out = a.out or Path("runs") / f"judge-{Path(a.data).stem}-{task}.pt"
-    return a
+    parser.add_argument("--channels", type=cli.whole(8), help=text)
+    parser.add_argument("--seed", type=cli.whole(0), help="(default: 0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.pt", help="(default: runs/judge-DATA-TASK.pt)"
+    )
+    args = parser.parse_args(argv)
+    args.typed = {key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None}
+    task = args.task or DEFAULTS["task"]
+    args.out = args.out or Path("runs") / f"judge-{Path(args.data).stem}-{task}.pt"
+    return args
 
 
 if __name__ == "__main__":

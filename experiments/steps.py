@@ -84,22 +84,22 @@ class Scorer:
 
 def draw(model, settings, way, steps, n):
     """uint8 [n, H, W, 3] of the model, by one of WAYS."""
-    a = sampler_defaults()
-    a.sampler, a.steps = WAYS[way].sampler, steps
+    args = sampler_defaults()
+    args.sampler, args.steps = WAYS[way].sampler, steps
     if WAYS[way].spacing:
-        a.spacing = SPACINGS[WAYS[way].spacing]
-    sampler = open_sampler(a, model, settings)
+        args.spacing = SPACINGS[WAYS[way].spacing]
+    sampler = open_sampler(args, model, settings)
     parts = [to_pixels(sampler(first, min(64, n - first))) for first in range(0, n, 64)]
     return torch.cat(parts).numpy()
 
 
-def take_scores(checkpoint, a):
-    """A line of a.results for each way and number of steps of one checkpoint."""
+def take_scores(checkpoint, args):
+    """A line of args.results for each way and number of steps of one checkpoint."""
     model, _, settings = load_model(checkpoint)
-    network = load_judge(a.judge) if a.judge else Pixels()
+    network = load_judge(args.judge) if args.judge else Pixels()
     name = name_of(checkpoint)
-    kind = {"model": name, "network": network.name, "n": a.n}
-    wanted, found = [], lines(a)
+    kind = {"model": name, "network": network.name, "n": args.n}
+    wanted, found = [], lines(args)
     for way, how in WAYS.items():
         for steps in STEPS:
             key = kind | {"way": way, "steps": steps}
@@ -107,16 +107,16 @@ def take_scores(checkpoint, a):
                 wanted.append(key)
     if not wanted:
         return
-    images = load_images(a.data, settings["image_size"]).pixels
-    if len(images) < a.n + 2:
+    images = load_images(args.data, settings["image_size"]).pixels
+    if len(images) < args.n + 2:
         raise ValueError(
-            f"--n {a.n} of {len(images)} images; expected fewer, so that some are left to "
+            f"--n {args.n} of {len(images)} images; expected fewer, so that some are left to "
             "compare with; use a smaller one"
         )
-    scorer = Scorer(network, images, a.n)
+    scorer = Scorer(network, images, args.n)
     for key in tqdm(wanted, desc=name, unit="score", file=sys.stderr):
-        distance = scorer.distance(draw(model, settings, key["way"], key["steps"], a.n))
-        with open(a.results, "a") as f:
+        distance = scorer.distance(draw(model, settings, key["way"], key["steps"], args.n))
+        with open(args.results, "a") as f:
             f.write(json.dumps(key | {"distance": distance, "images": scorer.perfect}) + "\n")
 
 
@@ -132,10 +132,10 @@ def taken(key, found):
     return any(key.items() <= line.items() for line in found)
 
 
-def lines(a):
-    if not a.results.exists():
+def lines(args):
+    if not args.results.exists():
         return []
-    return [json.loads(line) for line in a.results.read_text().splitlines()]
+    return [json.loads(line) for line in args.results.read_text().splitlines()]
 
 
 # ---- the table and the picture ----
@@ -178,31 +178,33 @@ def save_picture(found, path):
 
 def main(argv=None):
     """Takes the scores that are missing, and shows all lines of the same network and n."""
-    a = parse_args(argv)
-    for checkpoint in a.checkpoints:
-        take_scores(checkpoint, a)
+    args = parse_args(argv)
+    for checkpoint in args.checkpoints:
+        take_scores(checkpoint, args)
     groups = {}
-    for line in lines(a):
+    for line in lines(args):
         groups.setdefault((line["network"], line["n"]), []).append(line)
     if not groups:
-        raise ValueError(f"{a.results} has no line; expected scores; name a checkpoint")
+        raise ValueError(f"{args.results} has no line; expected scores; name a checkpoint")
     for (network, n), found in groups.items():
         print(f"\n{network}, {n} samples\n\n{table(found)}")
-    if a.out:
-        save_picture(list(groups.values())[-1], a.out)
-        print(f"\n{a.out} written")
+    if args.out:
+        save_picture(list(groups.values())[-1], args.out)
+        print(f"\n{args.out} written")
 
 
 def parse_args(argv):
     """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
-    p = cli.Parser(__doc__)
-    p.add_argument("checkpoints", nargs="*", type=Path, help="each in its run's folder")
-    p.add_argument("--data", default="shapes", help="the images that the models were trained on")
-    p.add_argument("--judge", metavar="FILE.pt", help="by its features instead of the pixels")
-    p.add_argument("--n", type=cli.whole(2), default=1024, help="samples a score")
-    p.add_argument("--results", type=Path, default=RESULTS, metavar="FILE.jsonl")
-    p.add_argument("--out", type=Path, metavar="FILE.png", help="the last table as a picture")
-    return p.parse_args(argv)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="*", type=Path, help="each in its run's folder")
+    parser.add_argument(
+        "--data", default="shapes", help="the images that the models were trained on"
+    )
+    parser.add_argument("--judge", metavar="FILE.pt", help="by its features instead of the pixels")
+    parser.add_argument("--n", type=cli.whole(2), default=1024, help="samples a score")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE.jsonl")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the last table as a picture")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -406,44 +406,46 @@ def run_all(experiment, wanted):
 
 def main(argv=None):
     """The runs that are wanted and missing, then the table."""
-    a = parse_args(argv)
-    source = a.data if a.data in data.DATASETS else Path(a.data).absolute()
-    experiment = Experiment(a.preset, a.work, a.results, source, a.weights, a.jobs, a.steps)
-    wanted = experiment.wanted(a.group, a.seeds)
-    if wanted and not a.print:
-        if a.weights:
-            existing(a.weights, "file of Inception weights")
+    args = parse_args(argv)
+    source = args.data if args.data in data.DATASETS else Path(args.data).absolute()
+    experiment = Experiment(
+        args.preset, args.work, args.results, source, args.weights, args.jobs, args.steps
+    )
+    wanted = experiment.wanted(args.group, args.seeds)
+    if wanted and not args.print:
+        if args.weights:
+            existing(args.weights, "file of Inception weights")
         run_all(experiment, wanted)
     if not experiment.lines():
         raise ValueError(
             f"{experiment.results} has no line; expected finished runs; leave --print out"
         )
-    table(experiment.lines(), a.steps)
+    table(experiment.lines(), args.steps)
 
 
 def parse_args(argv):
     """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
-    p = cli.Parser(__doc__)
-    p.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
     groups = [*dict.fromkeys(group for group, _ in ROWS), "all"]
-    p.add_argument("--group", choices=groups, default="table 1", help="of rows")
-    p.add_argument("--seeds", type=cli.whole(1), default=3, help="runs a row")
+    parser.add_argument("--group", choices=groups, default="table 1", help="of rows")
+    parser.add_argument("--seeds", type=cli.whole(1), default=3, help="runs a row")
     text = "of sampling, of every row that has none of its own"
-    p.add_argument("--steps", type=cli.whole(1), nargs="+", default=STEPS, help=text)
+    parser.add_argument("--steps", type=cli.whole(1), nargs="+", default=STEPS, help=text)
     text = "CIFAR-10 by name, or its images as an .npz"
-    p.add_argument("--data", default="cifar10", help=text)
+    parser.add_argument("--data", default="cifar10", help=text)
     text = "where the runs lie (default: runs/table1-PRESET)"
-    p.add_argument("--work", type=Path, help=text)
+    parser.add_argument("--work", type=Path, help=text)
     text = "a JSON line a run (default: experiments/table1_PRESET.jsonl)"
-    p.add_argument("--results", type=Path, help=text)
+    parser.add_argument("--results", type=Path, help=text)
     text = "runs side by side, each on its GPU or its share of the cores"
-    p.add_argument("--jobs", type=cli.whole(1), default=1, help=text)
+    parser.add_argument("--jobs", type=cli.whole(1), default=1, help=text)
     text = "of Inception, as fid.py takes them (default: downloaded once)"
-    p.add_argument("--weights", type=Path, help=text)
-    p.add_argument("--print", action="store_true", help="the table alone")
-    a = p.parse_args(argv)
-    a.weights = a.weights and a.weights.absolute()
-    return a
+    parser.add_argument("--weights", type=Path, help=text)
+    parser.add_argument("--print", action="store_true", help="the table alone")
+    args = parser.parse_args(argv)
+    args.weights = args.weights and args.weights.absolute()
+    return args
 
 
 if __name__ == "__main__":

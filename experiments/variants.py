@@ -160,14 +160,14 @@ SCRIPTS = {"train.py": train, "sample.py": sample}
 
 def main(argv=None):
     """Runs a script of the project under a variant."""
-    p = cli.Parser(__doc__)
-    p.add_argument("variant", choices=VARIANTS)
-    p.add_argument("script", type=lambda path: Path(path).name, choices=SCRIPTS)
-    p.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
-    a = p.parse_args(argv)
-    for where, name, instead in VARIANTS[a.variant]:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("script", type=lambda path: Path(path).name, choices=SCRIPTS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    args = parser.parse_args(argv)
+    for where, name, instead in VARIANTS[args.variant]:
         setattr(where, name, instead)
-    return SCRIPTS[a.script].main(a.arguments)
+    return SCRIPTS[args.script].main(args.arguments)
 
 
 if __name__ == "__main__":

@@ -61,14 +61,14 @@ class FreeGuidance(Neighbour):
         text = "share of images trained without their label, for classifier-free guidance"
         flag("label-dropout", text, type=cli.real(0, 1), metavar="P")
 
-    def check(self, s):
-        if s["label_dropout"] and not s["class_cond"]:
+    def check(self, settings):
+        if settings["label_dropout"] and not settings["class_cond"]:
             raise ValueError("--label-dropout drops labels; expected --class-cond too")
 
-    def sampler_flags(self, p):
+    def sampler_flags(self, parser):
         text = "classifier-free guidance: (1 + W) eps_label - W eps_null (default: 0)"
-        p.add_argument("--cfg", type=cli.real(0), metavar="W", help=text)
+        parser.add_argument("--cfg", type=cli.real(0), metavar="W", help=text)
 
-    def steer(self, a, sampler, settings):
-        if a.cfg:
-            classifier_free(sampler.model, a.cfg)
+    def steer(self, args, sampler, settings):
+        if args.cfg:
+            classifier_free(sampler.model, args.cfg)

@@ -29,11 +29,13 @@ class Classifier(Model):
     terms = ("label",)
     makes_images, needs_labels = False, True
 
-    def __init__(self, s):
-        super().__init__(s)
-        size = s["image_size"]
-        classes = s["num_classes"] or 1  # not known yet where flags are checked
-        self.theta = Encoder(classes, size, s["channels"], s["res_blocks"], s["dropout"])
+    def __init__(self, settings):
+        super().__init__(settings)
+        size = settings["image_size"]
+        classes = settings["num_classes"] or 1  # not known yet where flags are checked
+        self.theta = Encoder(
+            classes, size, settings["channels"], settings["res_blocks"], settings["dropout"]
+        )
 
     def forward(self, x_t, t, y=None):
         return self.theta(x_t, self.time(t, x_t))
@@ -134,47 +136,47 @@ class AttentionPool(nn.Module):
 class Guidance(Neighbour):
     models = {"classifier": Classifier}
 
-    def implied(self, s, typed):
-        return {"sample_every": 0} if s["model"] in self.models else {}
+    def implied(self, settings, typed):
+        return {"sample_every": 0} if settings["model"] in self.models else {}
 
-    def check(self, s):
-        if s["model"] not in self.models:
+    def check(self, settings):
+        if settings["model"] not in self.models:
             return
-        if s["sample_every"] or s["eval_every"] or s["eval_at"]:
+        if settings["sample_every"] or settings["eval_every"] or settings["eval_at"]:
             raise ValueError(
                 "--sample-every, --eval-every and --eval-at: a classifier makes no images; "
                 "leave them out"
             )
         for key in ("class_cond", "label_dropout", "self_perceptual"):
-            if s.get(key):
+            if settings.get(key):
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{flag} means nothing to --model classifier; leave it out")
 
-    def sampler_flags(self, p):
+    def sampler_flags(self, parser):
         text = "guide by this classifier, which train.py --model classifier made"
-        p.add_argument("--classifier", type=Path, metavar="CLF.pt", help=text)
+        parser.add_argument("--classifier", type=Path, metavar="CLF.pt", help=text)
         text = "scale of the classifier's gradient (default: 1)"
-        p.add_argument("--guidance", type=cli.real(0), metavar="S", help=text)
+        parser.add_argument("--guidance", type=cli.real(0), metavar="S", help=text)
 
-    def check_sampler(self, p, a):
-        if a.guidance is not None and not a.classifier:
-            p.error(
+    def check_sampler(self, parser, args):
+        if args.guidance is not None and not args.classifier:
+            parser.error(
                 "--guidance scales a classifier's gradient; "
                 "expected --classifier too; name one, or use --cfg"
             )
 
-    def steer(self, a, sampler, settings):
-        if not a.classifier:
+    def steer(self, args, sampler, settings):
+        if not args.classifier:
             return
-        classifier, _, theirs = load_model(a.classifier, sampler.device, classifier=True)
-        check_same_noise(a.classifier, theirs, settings)
+        classifier, _, theirs = load_model(args.classifier, sampler.device, classifier=True)
+        check_same_noise(args.classifier, theirs, settings)
         classes = theirs["num_classes"]
         if settings.get("num_classes") not in (None, classes):
             raise ValueError(
-                f"{a.classifier} has {classes} classes and the model "
+                f"{args.classifier} has {classes} classes and the model "
                 f"{settings['num_classes']}; expected the same labels; train one again"
             )
-        scale = 1.0 if a.guidance is None else a.guidance
+        scale = 1.0 if args.guidance is None else args.guidance
         sampler.classes = classes
         sampler.make_step = guided(sampler.make_step, classifier, scale)
 

@@ -138,16 +138,16 @@ def name_of(judge):
 
 
 class Judges(Neighbour):
-    def score_flags(self, p):
+    def score_flags(self, parser):
         text = "score by a judge of experiments/judge.py instead of Inception: fd_judge, kid_judge"
-        p.add_argument("--judge", metavar="FILE.pt", help=text)
+        parser.add_argument("--judge", metavar="FILE.pt", help=text)
 
-    def check_score(self, p, a):
-        if a.judge and (a.weights or a.dims != p.get_default("dims")):
-            p.error(
+    def check_score(self, parser, args):
+        if args.judge and (args.weights or args.dims != parser.get_default("dims")):
+            parser.error(
                 "--judge scores by its own features, and --weights and --dims are Inception's; "
                 "leave one of them out"
             )
 
-    def score_network(self, a):
-        return load_judge(a.judge) if a.judge else None
+    def score_network(self, args):
+        return load_judge(args.judge) if args.judge else None

@@ -51,26 +51,26 @@ class Until(Neighbour):
         text = "metrics act only at t up to this share of T"
         flag("metric-until", text, type=cli.real(0, 1), metavar="SHARE")
 
-    def check(self, s):
-        if s["metric_until"] == 1:
+    def check(self, settings):
+        if settings["metric_until"] == 1:
             return
-        frozen = s.get("self_perceptual")
-        if frozen and s["model"] == "ddpm":
+        frozen = settings.get("self_perceptual")
+        if frozen and settings["model"] == "ddpm":
             raise ValueError(
                 "--metric-until: --self-perceptual is a DDPM's whole objective; "
                 "expected a metric beside others; leave one of them out"
             )
-        if not (s["metric"] or frozen):
+        if not (settings["metric"] or frozen):
             raise ValueError(
-                f"--metric-until {s['metric_until']}: the run has no metric; expected one; "
+                f"--metric-until {settings['metric_until']}: the run has no metric; expected one; "
                 "give --lpips, --metric or --self-perceptual, or leave it out"
             )
 
-    def adapt(self, metric, s):
+    def adapt(self, metric, settings):
         """The metric, limited to t <= share x T.
 
         The schedules are functions of t / T: a share means one noise level for any T.
         """
-        if s["metric_until"] == 1:
+        if settings["metric_until"] == 1:
             return metric
-        return LowNoise(metric, round(s["metric_until"] * s["T"]))
+        return LowNoise(metric, round(settings["metric_until"] * settings["T"]))

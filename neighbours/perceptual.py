@@ -92,23 +92,23 @@ class Perceptual(Neighbour):
         text = "a frozen model of ours as a metric, or as DDPM's whole objective, and its lambda"
         flag("self-perceptual", text, type=checkpoint_and_lambda, metavar="CKPT=W")
 
-    def model(self, s):
-        if s["self_perceptual"] and s["model"] == "ddpm":
-            return self.alone.get(s["predict"])
+    def model(self, settings):
+        if settings["self_perceptual"] and settings["model"] == "ddpm":
+            return self.alone.get(settings["predict"])
 
-    def metrics(self, s):
+    def metrics(self, settings):
         found = {}
-        for path, weight in s["self_perceptual"].items():
-            frozen = frozen_model(path, s)
-            found["self-perceptual"] = weight, SelfPerceptual(frozen, s["model"] == "ddpm")
+        for path, weight in settings["self_perceptual"].items():
+            frozen = frozen_model(path, settings)
+            found["self-perceptual"] = weight, SelfPerceptual(frozen, settings["model"] == "ddpm")
         return found
 
-    def draws(self, s):
-        return [OtherT(s["T"])] if s["self_perceptual"] else []
+    def draws(self, settings):
+        return [OtherT(settings["T"])] if settings["self_perceptual"] else []
 
-    def start(self, model, s, metrics):
+    def start(self, model, settings, metrics):
         """DDPM's is the second stage of the very model that is frozen (SP)."""
-        if self.model(s):
+        if self.model(settings):
             start_from(model, metrics["self-perceptual"].frozen)
 
 
@@ -122,13 +122,13 @@ def checkpoint_and_lambda(text):
     return {str(Path(path).absolute()): cli.real(0, above=True)(weight)}
 
 
-def frozen_model(path, s):
+def frozen_model(path, settings):
     """The frozen model; ValueError where it does not know this run's noisy images or labels."""
     frozen, _, theirs = load_model(path)
-    check_same_noise(path, theirs, s)
-    foreign = frozen.num_classes not in (None, s["num_classes"])
+    check_same_noise(path, theirs, settings)
+    foreign = frozen.num_classes not in (None, settings["num_classes"])
     knows_null = frozen.num_classes and frozen.theta.label_embed.num_embeddings > frozen.num_classes
-    if foreign or (frozen.num_classes and s["label_dropout"] and not knows_null):
+    if foreign or (frozen.num_classes and settings["label_dropout"] and not knows_null):
         raise ValueError(
             f"{path} was trained with {frozen.num_classes} classes; expected the labels of this "
             "run; use the same --class-cond and --label-dropout"

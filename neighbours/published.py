@@ -127,26 +127,29 @@ class Published(Neighbour):
         )
         flag("init-eps", text, metavar="FILE", type=lambda path: str(Path(path).absolute()))
 
-    def check(self, s):
-        if not s["init_eps"]:
+    def check(self, settings):
+        if not settings["init_eps"]:
             return
-        if s["model"] not in ("casdm", "ddpm"):
-            raise ValueError(f"--init-eps means nothing to --model {s['model']}; leave it out")
-        if s["predict"] != "eps" or (s["model"] == "ddpm" and s.get("self_perceptual")):
+        if settings["model"] not in ("casdm", "ddpm"):
+            raise ValueError(
+                f"--init-eps means nothing to --model {settings['model']}; leave it out"
+            )
+        frozen = settings["model"] == "ddpm" and settings.get("self_perceptual")
+        if settings["predict"] != "eps" or frozen:
             raise ValueError(
                 "--init-eps: published weights predict eps, where --predict x0 does not and "
                 "--self-perceptual starts from its frozen model; leave one of them out"
             )
 
-    def start(self, model, s, metrics):
-        if s["init_eps"]:
-            state = read_tensors(s["init_eps"], "improved-diffusion checkpoint")
-            load_published(model.theta, state, s["init_eps"])
+    def start(self, model, settings, metrics):
+        if settings["init_eps"]:
+            state = read_tensors(settings["init_eps"], "improved-diffusion checkpoint")
+            load_published(model.theta, state, settings["init_eps"])
 
-    def sampler_flags(self, p):
+    def sampler_flags(self, parser):
         text = "the file is improved-diffusion's, trained with this schedule and so many steps"
-        p.add_argument("--published", type=schedule_and_T, metavar="SCHEDULE:T", help=text)
+        parser.add_argument("--published", type=schedule_and_T, metavar="SCHEDULE:T", help=text)
 
-    def open(self, a, path):
-        if a.published:
-            return open_published(path, *a.published)
+    def open(self, args, path):
+        if args.published:
+            return open_published(path, *args.published)

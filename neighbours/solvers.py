@@ -54,7 +54,7 @@ class DpmSolver2M:
         return of_x_t * x_t + of_D * D
 
 
-def dpm_solver(a, settings):
+def dpm_solver(args, settings):
     """The sampler that --sampler dpm++ asks for."""
     return lambda noise, y: DpmSolver2M()
 
@@ -155,24 +155,26 @@ def spacing(text):
 class Solvers(Neighbour):
     samplers = {"dpm++": dpm_solver}
 
-    def implied(self, s, typed):
+    def implied(self, settings, typed):
         """On `shapes` ten of its steps look like a hundred of DDIM's, in a tenth of the time."""
-        if s["data"] != "shapes" or "sampler" in typed:
+        if settings["data"] != "shapes" or "sampler" in typed:
             return {}
         return {"sampler": "dpm++", "sample_steps": 10}
 
-    def sampler_flags(self, p):
+    def sampler_flags(self, parser):
         text = (
             f"which steps: {', '.join(SPACINGS)}; sections=A,B,...: so many of each part of 1..T, "
             "from x0 up; t=A,B,...: these (default: even ones)"
         )
-        p.add_argument("--spacing", type=spacing, metavar="NAME", help=text)
+        parser.add_argument("--spacing", type=spacing, metavar="NAME", help=text)
 
-    def check_sampler(self, p, a):
-        if a.steps and a.spacing not in (None, *SPACINGS.values()):
-            p.error("--steps and --spacing sections=... or t=... both say how many; leave one out")
+    def check_sampler(self, parser, args):
+        if args.steps and args.spacing not in (None, *SPACINGS.values()):
+            parser.error(
+                "--steps and --spacing sections=... or t=... both say how many; leave one out"
+            )
 
-    def steer(self, a, sampler, settings):
-        if a.spacing:
+    def steer(self, args, sampler, settings):
+        if args.spacing:
             schedule, n = sampler.model.schedule, len(sampler.chain.step) - 1
-            sampler.chain = respace(schedule, a.spacing(schedule, n))
+            sampler.chain = respace(schedule, args.spacing(schedule, n))

@@ -102,21 +102,21 @@ class Ancestral:
         return p_sample(mu, (log_var / 2).exp(), z)
 
 
-def ancestral(a, settings):
+def ancestral(args, settings):
     """The sampler that --sampler ddpm and --variance ask for."""
-    kind = variance_of(a, settings)
+    kind = variance_of(args, settings)
     return lambda noise, y: Ancestral(kind, noise)
 
 
-def variance_of(a, settings):
+def variance_of(args, settings):
     """--variance, or the model's own if it learned one, else small."""
     learned = settings.get("learn_sigma")
-    if a.variance == "learned" and not learned:
+    if args.variance == "learned" and not learned:
         raise ValueError(
             "--variance learned: the model learned none; "
             "expected one trained with --learn-sigma; use small or large"
         )
-    return a.variance or ("learned" if learned else "small")
+    return args.variance or ("learned" if learned else "small")
 
 
 # ---- the bound ----
@@ -286,91 +286,94 @@ class Variance(Neighbour):
         flag("learn-sigma", text, action="store_true", default=None)
         flag("objective", "of DDPM's eps mode; hybrid with --learn-sigma", choices=OBJECTIVES)
 
-    def implied(self, s, typed):
-        return {"objective": "hybrid"} if s["learn_sigma"] else {}
+    def implied(self, settings, typed):
+        return {"objective": "hybrid"} if settings["learn_sigma"] else {}
 
-    def check(self, s):
-        learns, objective = s["learn_sigma"], s["objective"]
+    def check(self, settings):
+        learns, objective = settings["learn_sigma"], settings["objective"]
         if learns != (objective != "simple"):
             raise ValueError(
                 f"--objective {objective}: hybrid and vlb train the variance of --learn-sigma, "
                 "simple does not; give both or neither"
             )
-        if learns and (s["model"] != "ddpm" or s["predict"] != "eps" or s.get("self_perceptual")):
+        mode = settings["model"], settings["predict"]
+        if learns and (mode != ("ddpm", "eps") or settings.get("self_perceptual")):
             raise ValueError(
                 "--learn-sigma belongs to DDPM's eps mode and its own objectives; "
                 "leave out --predict x0, --self-perceptual and other models"
             )
 
-    def model(self, s):
-        if s["learn_sigma"]:
-            return VlbDDPM if s["objective"] == "vlb" else LearnedVariance
+    def model(self, settings):
+        if settings["learn_sigma"]:
+            return VlbDDPM if settings["objective"] == "vlb" else LearnedVariance
 
-    def draws(self, s):
-        return [ImportanceSampler(s["T"])] if s["objective"] == "vlb" else []
+    def draws(self, settings):
+        return [ImportanceSampler(settings["T"])] if settings["objective"] == "vlb" else []
 
-    def sampler_flags(self, p):
-        p.add_argument(
+    def sampler_flags(self, parser):
+        parser.add_argument(
             "--variance",
             choices=VARIANCES,
             help="of --sampler ddpm and of the bound: beta~_t, beta_t or the model's own "
             "(default: learned if it is, else small)",
         )
 
-    def sample_flags(self, p):
-        bits = p.add_argument_group("instead of sampling")
+    def sample_flags(self, parser):
+        bits = parser.add_argument_group("instead of sampling")
         text = "print the variational bound of --n images of --data, over --steps steps"
         bits.add_argument("--bits-per-dim", action="store_true", help=text)
         text = f"{', '.join(DATASETS)}, a folder of images, or an images .npz"
         bits.add_argument("--data", metavar="NAME|PATH", help=text)
         bits.add_argument("--data-dir", metavar="DIR", help="where a named set lies")
 
-    def check_sample(self, p, a):
-        if a.bits_per_dim != (a.data is not None):
-            p.error("--bits-per-dim and --data go together: the bound is that of given images")
-        if not a.bits_per_dim:
-            if a.data_dir:
-                p.error("--data-dir says where --data lies; leave it out, or give --bits-per-dim")
+    def check_sample(self, parser, args):
+        if args.bits_per_dim != (args.data is not None):
+            parser.error("--bits-per-dim and --data go together: the bound is that of given images")
+        if not args.bits_per_dim:
+            if args.data_dir:
+                parser.error(
+                    "--data-dir says where --data lies; leave it out, or give --bits-per-dim"
+                )
             return
         foreign = ("sampler", "trace", "eta", "label", "cfg", "classifier", "spacing", "out")
         for flag in foreign:
-            if getattr(a, flag, None) is not None:
-                p.error(f"--{flag} means nothing to --bits-per-dim; leave it out")
-        if a.precision != "fp32":
-            p.error("--precision means nothing to --bits-per-dim; leave it out")
+            if getattr(args, flag, None) is not None:
+                parser.error(f"--{flag} means nothing to --bits-per-dim; leave it out")
+        if args.precision != "fp32":
+            parser.error("--precision means nothing to --bits-per-dim; leave it out")
 
-    def steer(self, a, sampler, settings):
-        if a.variance and sampler.name != "ddpm":
+    def steer(self, args, sampler, settings):
+        if args.variance and sampler.name != "ddpm":
             raise ValueError(
-                f"--variance {a.variance} with the sampler {sampler.name}; expected --sampler "
+                f"--variance {args.variance} with the sampler {sampler.name}; expected --sampler "
                 "ddpm or --bits-per-dim; use --eta with DDIM"
             )
 
-    def instead(self, a, model, settings):
-        if a.bits_per_dim:
-            print_bits(a, model, settings)
-        return a.bits_per_dim
+    def instead(self, args, model, settings):
+        if args.bits_per_dim:
+            print_bits(args, model, settings)
+        return args.bits_per_dim
 
 
-def print_bits(a, model, settings):
+def print_bits(args, model, settings):
     """The bound of --n images of --data, a row a term, and their sum with its standard error."""
-    kind = variance_of(a, settings)
-    images = load_images(a.data, settings["image_size"], a.data_dir)
+    kind = variance_of(args, settings)
+    images = load_images(args.data, settings["image_size"], args.data_dir)
     labels = images.labels if model.num_classes else None
     if model.num_classes and (labels is None or labels.max() >= model.num_classes):
         raise ValueError(
-            f"{a.data} lacks the labels that the model was trained with; "
+            f"{args.data} lacks the labels that the model was trained with; "
             "expected labelled images; name the set that it was trained on"
         )
-    n = min(a.n, len(images.pixels))
-    n_steps = a.steps or min(100, len(model.schedule.beta) - 1)
-    chosen, found = batch_indices(len(images.pixels), n, 0, a.seed), []
+    n = min(args.n, len(images.pixels))
+    n_steps = args.steps or min(100, len(model.schedule.beta) - 1)
+    chosen, found = batch_indices(len(images.pixels), n, 0, args.seed), []
     device = next(model.parameters()).device
     with cli.progress(n * n_steps, "bound", "step") as bar:
-        for first, count in parallel.share(n, a.batch_size):
+        for first, count in parallel.share(n, args.batch_size):
             part = chosen[first : first + count]
             x0 = from_pixels(images.pixels[part]).to(device)
-            noise = Noise(a.seed, "bits", part.tolist(), x0.shape[1:], device)
+            noise = Noise(args.seed, "bits", part.tolist(), x0.shape[1:], device)
             y = None if labels is None else torch.from_numpy(labels[part]).to(device)
             done = count * parallel.size()
             watch = functools.partial(bar.update, done)
@@ -383,6 +386,6 @@ def print_bits(a, model, settings):
     sums = found.sum(1)
     spread = sums.std().item() / n**0.5 if n > 1 else math.nan
     print(
-        f"{sums.mean().item():.4f} +- {spread:.4f} bits/dim of {n} images of {a.data}, "
+        f"{sums.mean().item():.4f} +- {spread:.4f} bits/dim of {n} images of {args.data}, "
         f"{n_steps} steps, {kind} variance"
     )

@@ -35,10 +35,10 @@ class StepDraws:
             yield image, drawn, dropout
 
     def begin(self, step):
-        s, n = self.settings, self.settings["batch_size"]
-        rng = stream(s["seed"], "step", step)
-        image = batch_indices(self.images, n, step, s["seed"])
-        t = rng.integers(1, s["T"] + 1, n)
+        settings, n = self.settings, self.settings["batch_size"]
+        rng = stream(settings["seed"], "step", step)
+        image = batch_indices(self.images, n, step, settings["seed"])
+        t = rng.integers(1, settings["T"] + 1, n)
         eps = rng.standard_normal((n, *self.shape), dtype="float32")
         return rng, image, {"t": t, "eps": eps}, int(rng.integers(2**31))
 

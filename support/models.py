@@ -14,19 +14,19 @@ def neighbours():
     return NEIGHBOURS
 
 
-def kind(s):
+def kind(settings):
     """The class of the model that the settings describe: a neighbour's, or one of figure 1's."""
     for neighbour in neighbours():
-        found = neighbour.model(neighbour.settings | s)
+        found = neighbour.model(neighbour.settings | settings)
         if found:
             return found
-    return model_class(s)
+    return model_class(settings)
 
 
 def build(settings):
     """The model that `settings` describe; absent keys take the defaults."""
-    s = DEFAULTS | settings
-    return kind(s)(s)
+    settings = DEFAULTS | settings
+    return kind(settings)(settings)
 
 
 def load_model(path, device="cpu", raw=False, classifier=False):

@@ -43,34 +43,36 @@ class Run:
     """
 
     def __init__(self, settings, folder, device, images, metrics, stop, network=None, state=None):
-        s = self.settings = settings
+        self.settings = settings
         self.folder, self.device, self.images, self.stop = folder, device, images, stop
         self.network = network
         if device.type == "cpu":
             cli.keep_memory()
-        lambdas = {name: s[f"lambda_{name}"] for name in LAMBDAS}
+        lambdas = {name: settings[f"lambda_{name}"] for name in LAMBDAS}
         lambdas |= {name: weight for name, (weight, _) in metrics.items()}
         self.lambdas = collections.defaultdict(lambda: 1.0, lambdas)  # a term without a flag: 1
         self.metrics = {name: metric.to(device) for name, (_, metric) in metrics.items()}
 
-        torch.manual_seed(int(stream(s["seed"], "weights", 0).integers(2**31)))
-        self.raw_model = build(s).to(device)
+        torch.manual_seed(int(stream(settings["seed"], "weights", 0).integers(2**31)))
+        self.raw_model = build(settings).to(device)
         self.schedule = self.raw_model.schedule
         if not state:
             for neighbour in neighbours():
-                neighbour.start(self.raw_model, s, self.metrics)
+                neighbour.start(self.raw_model, settings, self.metrics)
         self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False)
         self.weights = list(self.raw_model.parameters())
         self.averages = list(self.ema.parameters())
         for model in (self.raw_model, self.ema):
-            set_precision(model, s["precision"])
-        if s["compile"]:
-            self.raw_model.compile(mode=compile_mode(device, s["accumulate"]))
+            set_precision(model, settings["precision"])
+        if settings["compile"]:
+            self.raw_model.compile(mode=compile_mode(device, settings["accumulate"]))
         self.model = parallel.wrap(self.raw_model)
         # CHOICE: the paper names no optimiser; AdamW without decay is improved-diffusion's
-        self.optimizer = torch.optim.AdamW(self.weights, lr=s["lr"], weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=settings["lr"], weight_decay=0.0, fused=True
+        )
 
-        self.extras = [extra for neighbour in neighbours() for extra in neighbour.draws(s)]
+        self.extras = [extra for neighbour in neighbours() for extra in neighbour.draws(settings)]
         self.noting = [extra for extra in self.extras if hasattr(extra, "note")]
         self.terms = [*self.raw_model.terms, *self.metrics, "loss"]
         self.step, self.saved, self.bar = 0, None, None
@@ -78,8 +80,8 @@ class Run:
         if state:
             self.load(state)
         self.guard.begun = self.step
-        draws = StepDraws(s, images.pixels, images.labels, self.extras)
-        self.draws = draws(range(self.step, s["iterations"]))
+        draws = StepDraws(settings, images.pixels, images.labels, self.extras)
+        self.draws = draws(range(self.step, settings["iterations"]))
 
     # ---- what the loop of train.py calls, in its order ----
 
@@ -153,10 +155,12 @@ class Run:
             noted = {name: parallel.add(v).cpu().numpy() for name, v in self.noted.items()}
             for extra in self.noting:
                 extra.note(self.drawn["t"], noted)
-        s = self.settings
+        settings = self.settings
         row = self.step % LOG_EVERY == 0
-        pictures_due = due(s, "sample_every", self.step) or evaluation_due(s, self.step)
-        save = pictures_due or due(s, "save_every", self.step) or self.step == s["iterations"]
+        pictures_due = due(settings, "sample_every", self.step)
+        pictures_due = pictures_due or evaluation_due(settings, self.step)
+        last = self.step == settings["iterations"]
+        save = pictures_due or last or due(settings, "save_every", self.step)
         if row or save or self.device.type == "cpu":
             self.guard.check()
         if row:
@@ -263,9 +267,9 @@ class Run:
 
     def samples(self, n):
         """n images of the moving average, always from the same noise, as fid.sampled's batches."""
-        a = sampler_defaults()
-        a.seed = self.settings["seed"]
-        sampler = open_sampler(a, self.ema, self.settings)
+        args = sampler_defaults()
+        args.seed = self.settings["seed"]
+        sampler = open_sampler(args, self.ema, self.settings)
         watch = None  # one rank must not leave while the others wait for it
         if parallel.size() == 1:
             watch = self.stop.check
@@ -303,17 +307,17 @@ class Run:
 
     def introduce(self):
         """The first lines: every setting, the sizes, and where the run is written."""
-        s = self.settings
-        shown = [f"{key} {v}" for key, v in s.items() if v not in (None, {}, [], False)]
+        settings = self.settings
+        shown = [f"{key} {v}" for key, v in settings.items() if v not in (None, {}, [], False)]
         print(", ".join(shown))
         print(
             f"{sum(p.numel() for p in self.weights):,} parameters on {self.device}; "
             f"{len(self.images.pixels):,} images of {self.images.name}; "
-            f"step {self.step} of {s['iterations']}"
+            f"step {self.step} of {settings['iterations']}"
         )
-        if s["sample_every"] or s["eval_every"] or s["eval_at"]:
-            size = batch_size_of_samples(self.device, s)
-            print(f"samples are drawn in {s['precision']}, {size} at a time")
+        if settings["sample_every"] or settings["eval_every"] or settings["eval_at"]:
+            size = batch_size_of_samples(self.device, settings)
+            print(f"samples are drawn in {settings['precision']}, {size} at a time")
         print(f"writing to {self.folder}")
 
     def conclude(self, finished):
@@ -345,33 +349,37 @@ def is_of(kind, row):
     return all(row.get(key, value) == value for key, value in kind.items())
 
 
-def due(s, every, step):
+def due(settings, every, step):
     """Whether what happens every `every` steps does now; 0: never; the last step always counts."""
-    return bool(s[every]) and step > 0 and (step % s[every] == 0 or step == s["iterations"])
+    return (
+        bool(settings[every])
+        and step > 0
+        and (step % settings[every] == 0 or step == settings["iterations"])
+    )
 
 
-def evaluation_due(s, step):
+def evaluation_due(settings, step):
     """Whether --eval-every or --eval-at asks for an evaluation at this step."""
-    return due(s, "eval_every", step) or step in s["eval_at"]
+    return due(settings, "eval_every", step) or step in settings["eval_at"]
 
 
-def pending(s, folder, step):
+def pending(settings, folder, step):
     """Whether a grid, and an evaluation, are due at this step and not in the folder yet."""
-    grid = due(s, "sample_every", step) and not grid_path(folder, step).exists()
+    grid = due(settings, "sample_every", step) and not grid_path(folder, step).exists()
     rows = pictures.read_log(folder)
     evaluated = any(row["step"] == step and "loss" not in row for row in rows)
-    return grid, evaluation_due(s, step) and not evaluated
+    return grid, evaluation_due(settings, step) and not evaluated
 
 
 def grid_path(folder, step):
     return folder / f"samples_{step:06d}.png"
 
 
-def batch_size_of_samples(device, s):
+def batch_size_of_samples(device, settings):
     """Twice what a GPU trains at once, within 64 and 256; image i is the same for any batch."""
     if device.type == "cpu":
         return 64
-    at_once = s["batch_size"] // (parallel.size() * s["accumulate"])
+    at_once = settings["batch_size"] // (parallel.size() * settings["accumulate"])
     return min(256, max(64, 2 * at_once))
 
 

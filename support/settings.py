@@ -79,7 +79,7 @@ def defaults():
 
 def parse_args(doc, argv):
     """(settings, arguments): what was typed over the defaults, and alone in arguments.typed."""
-    p = cli.Parser(doc)
+    parser = cli.Parser(doc)
     every = defaults()
 
     def adder(group):
@@ -94,7 +94,7 @@ def parse_args(doc, argv):
         return flag
 
     whole, real = cli.whole, cli.real
-    flag = adder(p.add_argument_group("what"))
+    flag = adder(parser.add_argument_group("what"))
     models = [*MODELS, *(name for n in neighbours() for name in n.models)]
     flag("model", "which of figure 1's models, or a neighbour's", choices=models)
     flag("predict", "what a DDPM's network predicts", choices=PREDICTIONS)
@@ -126,7 +126,7 @@ def parse_args(doc, argv):
     flag("schedule", "how beta grows over t", choices=SCHEDULES)
     flag("T", "diffusion steps", type=whole(1, 100_000))
 
-    flag = adder(p.add_argument_group("how"))
+    flag = adder(parser.add_argument_group("how"))
     flag("iterations", "steps of the whole run", type=whole(1))
     flag("batch-size", "images a step", type=whole(1, 1_000_000))
     text = "parts in which a process takes its share of the batch, to save memory"
@@ -140,7 +140,7 @@ def parse_args(doc, argv):
     text = "auto: a GPU where there is one"
     flag("device", text, type=cli.device, default="auto")
 
-    where = p.add_argument_group("where")
+    where = parser.add_argument_group("where")
     text = "the run's folder (default: runs/MODEL-DATA)"
     where.add_argument("--out", type=Path, metavar="DIR", help=text)
     text = (
@@ -160,43 +160,45 @@ def parse_args(doc, argv):
     text = "images of an evaluation; the paper's 50000 on CIFAR-10"
     flag("eval-samples", text, type=whole(2))
 
-    flag = adder(p.add_argument_group("beyond the paper"))
+    flag = adder(parser.add_argument_group("beyond the paper"))
     for neighbour in neighbours():
         neighbour.train_flags(flag)
-    a = p.parse_args(argv)
-    return settings_of(p, a), a
+    args = parser.parse_args(argv)
+    return settings_of(parser, args), args
 
 
-def settings_of(p, a):
+def settings_of(parser, args):
     """What was typed, over the defaults that the data bring.
 
     A combination that means nothing is a usage error; of a resumed run `reopen` finds it.
     """
     every = defaults()
-    a.typed = {key: value for key, value in vars(a).items() if key in every and value is not None}
-    if a.metric or a.lpips is not None:
-        weights = list(a.metric or [])
-        if a.lpips is not None:
-            weights.append(("lpips", a.lpips))
+    args.typed = {
+        key: value for key, value in vars(args).items() if key in every and value is not None
+    }
+    if args.metric or args.lpips is not None:
+        weights = list(args.metric or [])
+        if args.lpips is not None:
+            weights.append(("lpips", args.lpips))
         names = [name for name, _ in weights]
         if len(names) > len(set(names)):
-            p.error(f"metrics {', '.join(names)}; expected each once; leave out the others")
-        a.typed["metric"] = {name: weight for name, weight in weights if weight}
-    data = a.typed.get("data", every["data"])
+            parser.error(f"metrics {', '.join(names)}; expected each once; leave out the others")
+        args.typed["metric"] = {name: weight for name, weight in weights if weight}
+    data = args.typed.get("data", every["data"])
     if data not in DATASETS:  # a run may be resumed from another folder
-        a.typed["data"] = str(Path(data).absolute())
-    if a.data_dir:
-        a.typed["data_dir"] = str(Path(a.data_dir).absolute())
-    s = every | implied(data) | a.typed
+        args.typed["data"] = str(Path(data).absolute())
+    if args.data_dir:
+        args.typed["data_dir"] = str(Path(args.data_dir).absolute())
+    settings = every | implied(data) | args.typed
     for neighbour in neighbours():
-        found = neighbour.implied(s, a.typed)
-        s |= {key: value for key, value in found.items() if key not in a.typed}
-    if not a.resume:
+        found = neighbour.implied(settings, args.typed)
+        settings |= {key: value for key, value in found.items() if key not in args.typed}
+    if not args.resume:
         try:
-            check(s, a.typed)
+            check(settings, args.typed)
         except ValueError as e:
-            p.error(str(e))
-    return s
+            parser.error(str(e))
+    return settings
 
 
 def implied(data):
@@ -209,45 +211,45 @@ def implied(data):
     return found
 
 
-def check(s, typed):
+def check(settings, typed):
     """ValueError, one line, for settings that mean nothing together."""
     for neighbour in neighbours():
-        neighbour.check(s)
+        neighbour.check(settings)
     with torch.device("meta"):
-        model = build(s | {"image_size": s["image_size"] or DEFAULTS["image_size"]})
+        model = build(settings | {"image_size": settings["image_size"] or DEFAULTS["image_size"]})
     foreign = {key for kind in (*MODELS.values(), *PREDICTIONS.values()) for key in kind.options}
     foreign |= {f"lambda_{term}" for term in LAMBDAS}
     known = {*model.options, *(f"lambda_{term}" for term in model.terms)}
     for key in sorted((foreign - known) & set(typed)):
         flag = f"--{key.replace('_', '-')}"
-        raise ValueError(f"{flag} means nothing to --model {s['model']}; leave it out")
+        raise ValueError(f"{flag} means nothing to --model {settings['model']}; leave it out")
     processes = parallel.processes()
-    if s["batch_size"] % (processes * s["accumulate"]):
+    if settings["batch_size"] % (processes * settings["accumulate"]):
         raise ValueError(
-            f"--batch-size {s['batch_size']}: expected a multiple of {processes} processes x "
-            f"--accumulate {s['accumulate']}; change one of them"
+            f"--batch-size {settings['batch_size']}: expected a multiple of "
+            f"{processes} processes x --accumulate {settings['accumulate']}; change one of them"
         )
-    schedule = SCHEDULES[s["schedule"]](s["T"])
+    schedule = SCHEDULES[settings["schedule"]](settings["T"])
     if schedule.beta.max() >= 1:
         raise ValueError(
-            f"--schedule {s['schedule']} with --T {s['T']} reaches beta = 1; "
+            f"--schedule {settings['schedule']} with --T {settings['T']} reaches beta = 1; "
             "expected a smaller one; use more steps or the cosine schedule"
         )
-    if s["metric"] and "x0" not in model.terms:
+    if settings["metric"] and "x0" not in model.terms:
         raise ValueError(
             "a metric compares clean images, and neither DDPM's eps mode nor a classifier "
             "learns any; use --predict x0, --model dual or --model casdm"
         )
-    late = [step for step in typed.get("eval_at", []) if step > s["iterations"]]
+    late = [step for step in typed.get("eval_at", []) if step > settings["iterations"]]
     if late:
         raise ValueError(
-            f"--eval-at {late[0]}; expected at most the {s['iterations']} of --iterations; "
+            f"--eval-at {late[0]}; expected at most the {settings['iterations']} of --iterations; "
             "leave it out"
         )
-    if "sample_steps" in typed and s["sample_steps"] > s["T"]:
+    if "sample_steps" in typed and settings["sample_steps"] > settings["T"]:
         raise ValueError(
-            f"--sample-steps {s['sample_steps']}; expected at most the {s['T']} steps of --T; "
-            "use fewer"
+            f"--sample-steps {settings['sample_steps']}; "
+            f"expected at most the {settings['T']} steps of --T; use fewer"
         )
 
 
@@ -305,14 +307,14 @@ def moved(key, old, new):
     return key == "self_perceptual" and list(old.values()) == list(new.values())
 
 
-def check_data(state, s, images):
+def check_data(state, settings, images):
     """ValueError where a resumed run would go on with other images than its own.
 
     A folder's fingerprint holds its files' times, which a copy may change: there it is a note.
     """
     if state["data"] == images.fingerprint:
         return
-    place = s["data_dir"] if s["data"] in DATASETS else s["data"]
+    place = settings["data_dir"] if settings["data"] in DATASETS else settings["data"]
     if not place or not Path(place).is_dir():
         raise ValueError(
             f"{images.name} is not what this run began with; expected the same images; "
@@ -341,9 +343,10 @@ def refuse_taken(folder):
 # ---- what a run needs ----
 
 
-def load_inputs(s):
-    """(images, {name: (lambda, metric)}, FID's network or None), and s with what they say.
+def load_inputs(settings):
+    """(images, {name: (lambda, metric)}, FID's network or None).
 
+    The images' size and number of classes are written into `settings`.
     OSError that names everything that is missing, not only the first.
     """
     missing = []
@@ -354,22 +357,25 @@ def load_inputs(s):
         except OSError as e:
             missing.append(str(e))
 
-    images = attempt(load_images, s["data"], s["image_size"], s["data_dir"], s["skip_bad"])
+    where = [settings[key] for key in ("data", "image_size", "data_dir", "skip_bad")]
+    images = attempt(load_images, *where)
     if images:
-        s |= {"image_size": images.pixels.shape[1], "num_classes": classes(s, images)}
-    metrics = {name: (weight, attempt(METRICS[name])) for name, weight in s["metric"].items()}
-    others = [attempt(neighbour.metrics, s) for neighbour in neighbours() if images]
-    network = attempt(fid.InceptionFeatures) if s["eval_every"] or s["eval_at"] else None
+        settings |= {"image_size": images.pixels.shape[1], "num_classes": classes(settings, images)}
+    asked = settings["metric"].items()
+    metrics = {name: (weight, attempt(METRICS[name])) for name, weight in asked}
+    others = [attempt(neighbour.metrics, settings) for neighbour in neighbours() if images]
+    evaluates = settings["eval_every"] or settings["eval_at"]
+    network = attempt(fid.InceptionFeatures) if evaluates else None
     if missing:
         raise OSError(" | ".join(missing))
-    if s["metric_size"]:
-        set_size([metric for _, metric in metrics.values()], s["metric_size"])
+    if settings["metric_size"]:
+        set_size([metric for _, metric in metrics.values()], settings["metric_size"])
     metrics = {name: (weight, OnX0(metric)) for name, (weight, metric) in metrics.items()}
     for found in others:
         metrics |= found
     for neighbour in neighbours():
         for name, (weight, metric) in metrics.items():
-            metrics[name] = weight, neighbour.adapt(metric, s)
+            metrics[name] = weight, neighbour.adapt(metric, settings)
     return images, metrics, network
 
 
@@ -385,9 +391,9 @@ def set_size(metrics, size):
         metric.size = size
 
 
-def classes(s, images):
+def classes(settings, images):
     """How many labels, 0..K-1, the run trains with, or None; ValueError where any is missing."""
-    if not s["class_cond"] and not kind(s).needs_labels:
+    if not settings["class_cond"] and not kind(settings).needs_labels:
         return None
     remedy = "from sub-folders or an .npz's arr_1; leave --class-cond out"
     if images.labels is None:
@@ -396,7 +402,7 @@ def classes(s, images):
     if present[0] < 0:
         raise ValueError(f"{images.name} has negative labels; expected 0, 1, ..., {remedy}")
     missing = np.setdiff1d(np.arange(len(present)), present)
-    if len(missing) and not s["num_classes"]:  # a run begun with a gap may go on with it
+    if len(missing) and not settings["num_classes"]:  # a run begun with a gap may go on with it
         names = ", ".join(map(str, missing[:5]))
         raise ValueError(
             f"{images.name} has labels up to {present[-1]}, but no image of {names}; "
