@@ -21,6 +21,7 @@ expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; prints 
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from experiments.tables import (
     by_iterations,
     by_steps,
     markdown,
-    print_header,
+    markdown_header,
     scores_of,
     standard_error,
 )
@@ -122,9 +123,9 @@ def draw_rows(experiment, rows, steps, path, columns=14):
 def draw_gate(experiment, rows, path):
     """r_t over t: its mean over images and positions; dashed, the best r for all of them."""
     figure, axis = pyplot().subplots(figsize=(6, 3.5))
-    for row, t, learned, best, _ in gates(experiment, rows):
-        (line,) = axis.plot(t, learned, label=row)
-        axis.plot(t, best, "--", color=line.get_color())
+    for row, gate in gates(experiment, rows):
+        (line,) = axis.plot(gate.t, gate.learned, label=row)
+        axis.plot(gate.t, gate.best, "--", color=line.get_color())
     title = "weight of x0': learned, and (dashed) the best for these images"
     axis.set(xlabel="t", ylabel="r_t", title=title)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -132,11 +133,14 @@ def draw_gate(experiment, rows, path):
 
 
 def draw_pulls(experiment, rows, path):
-    """How hard L_mu pulls r_t at each t: a point shows up where it raises r_t, else down."""
+    """How hard L_mu pulls r_t at each t.
+
+    The marker points up where L_mu raises r_t, and down where it lowers it.
+    """
     figure, axis = pyplot().subplots(figsize=(6, 3.5))
-    for row, t, *_, pulls in gates(experiment, rows):
-        (line,) = axis.semilogy(t, np.abs(pulls), linewidth=0.5, label=row)
-        for step, pulled in zip(t, pulls, strict=True):
+    for row, gate in gates(experiment, rows):
+        (line,) = axis.semilogy(gate.t, np.abs(gate.pulls), linewidth=0.5, label=row)
+        for step, pulled in zip(gate.t, gate.pulls, strict=True):
             marker = "^" if pulled > 0 else "v"
             axis.plot(step, abs(pulled), marker, color=line.get_color(), markersize=4)
     axis.set(xlabel="t", title="|d L_mu / d logit of r_t|: up where it raises r_t")
@@ -144,19 +148,28 @@ def draw_pulls(experiment, rows, path):
     save(figure, path)
 
 
+class Gate(NamedTuple):
+    """r_t of one run at 25 steps: what it learned, what would be best, how hard L_mu pulls."""
+
+    t: list
+    learned: list  # the means of r_t
+    best: list  # of `best_r`
+    pulls: list  # of `pull`
+
+
 def gates(experiment, rows, n=64):
-    """(row, *`gate_of`) of seed 0, of n training images noised alike, where the run is there."""
+    """(row, Gate) of seed 0, of n training images noised alike, where the run is there."""
     x0 = np.load(experiment.folder / "reference.npz")["arr_0"][:n]
     x0 = from_pixels(torch.from_numpy(x0))
     eps = torch.from_numpy(stream(0, "gate", 0).standard_normal(x0.shape, dtype="float32"))
     for row in rows:
         checkpoint = experiment.place(row, 0) / "checkpoint.pt"
         if checkpoint.exists():
-            yield row, *gate_of(checkpoint, x0, eps)
+            yield row, gate_of(checkpoint, x0, eps)
 
 
 def gate_of(checkpoint, x0, eps):
-    """(t, mean of r_t, best r, `pull` of L_mu) of 25 steps, spread evenly."""
+    """The Gate of a run's checkpoint; its steps are spread evenly over 1..T."""
     model, schedule, _ = load_model(checkpoint)
     model.requires_grad_(False)
     steps = np.linspace(1, len(schedule.beta) - 1, 25).round().astype(int).tolist()
@@ -169,7 +182,7 @@ def gate_of(checkpoint, x0, eps):
         learned.append(estimates.r_t.mean().item())
         best.append(best_r(x0, estimates.x0_star, estimates.x0_hat))
         pulls.append(pull(pred, Batch(x0, t, eps, x_t), schedule))
-    return steps, learned, best, pulls
+    return Gate(steps, learned, best, pulls)
 
 
 def pull(pred, batch, schedule):
@@ -225,12 +238,12 @@ def any_row_has(lines, score):
 
 
 def draw_lengths_of(axis, lines, rows, score, unit):
-    """A score, with the fewest sampling steps, against iterations: `unit` times each share."""
+    """A score, with the fewest sampling steps, against iterations: `unit` times each length."""
     fewest = STEPS[-1]
     for row in rows:
         found = by_iterations(lines, row, score, fewest)
         if found:
-            draw_points(axis, {unit * share: values for share, values in found.items()}, row)
+            draw_points(axis, {unit * length: values for length, values in found.items()}, row)
     label = f"{PRINTED[score].name}, {fewest} steps"
     axis.set(xscale="log", xlabel="iterations", ylabel=label)
     name_ticks(axis)
@@ -275,7 +288,7 @@ def print_log(run, over=50):
     rows = [row for row in read_log(run) if "loss" in row]
     terms = [name for name in rows[0] if name not in ("step", "loss")]
     print(f"{run.name}\n")
-    print_header("step", *terms)
+    print(markdown_header("step", *terms))
     for step in MILESTONES:
         last = [row for row in rows if step - over < row["step"] <= step]
         means = [statistics.mean(row[term] for row in last) for term in terms]
@@ -284,6 +297,7 @@ def print_log(run, over=50):
 
 
 def save(figure, path, dpi=110):
+    """Writes the picture, and says where."""
     save_figure(figure, path, dpi)
     print(f"{path} written")
 
@@ -302,22 +316,9 @@ def draw_results(experiment, folder):
 
 def main(argv=None):
     """The pictures that are named."""
-    parser = cli.Parser(__doc__)
-    parser.add_argument("what", choices=("schedules", "results", "lengths", "longest", "expect"))
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of expect")
-    parser.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
-    text = "where table1.py's runs lie (default: runs/table1-PRESET)"
-    parser.add_argument("--work", type=Path, help=text)
-    text = "its lines (default: experiments/table1_PRESET.jsonl)"
-    parser.add_argument("--results", type=Path, help=text)
-    parser.add_argument("--out", type=Path, default=ASSETS, metavar="FOLDER")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     if not args.out.is_dir():
         raise FileNotFoundError(f"{args.out} does not exist; expected a folder; make it first")
-    if bool(args.runs) != (args.what == "expect"):
-        parser.error(
-            f"{args.what}: got {len(args.runs)} runs; expected some with expect, and none otherwise"
-        )
     experiment = table1.Experiment(args.preset, args.work, args.results)
     if args.what == "schedules":
         draw_schedules(args.out / "schedules.png")
@@ -332,6 +333,25 @@ def main(argv=None):
         draw_pulls(experiment, at_lengths("Cas-DM + metric"), args.out / "pulls.png")
     else:
         draw_results(experiment, args.out)
+
+
+def parse_args(argv):
+    """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("what", choices=("schedules", "results", "lengths", "longest", "expect"))
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of expect")
+    parser.add_argument("--preset", choices=table1.PRESETS, default="cpu", help="of the results")
+    text = "where table1.py's runs lie (default: runs/table1-PRESET)"
+    parser.add_argument("--work", type=Path, help=text)
+    text = "its lines (default: experiments/table1_PRESET.jsonl)"
+    parser.add_argument("--results", type=Path, help=text)
+    parser.add_argument("--out", type=Path, default=ASSETS, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    if bool(args.runs) != (args.what == "expect"):
+        parser.error(
+            f"{args.what}: got {len(args.runs)} runs; expected some with expect, and none otherwise"
+        )
+    return args
 
 
 if __name__ == "__main__":

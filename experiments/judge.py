@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from data import from_pixels, load_images
+from experiments.tables import markdown, markdown_header
 from features import batched, features_of
 from fid import compare, judge_name
 from neighbours.judge import Judge, load_judge, save_judge
@@ -126,6 +127,7 @@ def shifted(pixels, levels):
 
 
 def each(pixels, change):
+    """Every image, changed as a Pillow image."""
     return np.stack([np.asarray(change(Image.fromarray(image))) for image in pixels])
 
 
@@ -138,36 +140,38 @@ SPOILED = {  # what -> (how, by how much, from little to much)
 
 
 def check(judge, held_out, labels, trained):
-    """Prints how far from what it was trained on are held-out images, as they are and spoiled.
+    """Prints the distance of held-out images, plain and spoiled, to those the judge was trained on.
 
     held_out, labels : images that it has not seen        trained : some that it has
     """
+    several_classes = labels.any()
     of_some = held_out[labels < (labels.max() + 1) // 2]
     n = len(held_out) // 2
-    if labels.any():
+    if several_classes:
         n = min(n, len(of_some))
     plain = held_out[:n]
     reference = features(judge, trained[n:])
     print(f"{n:,} images a row, against {len(trained) - n:,} that it was trained on\n")
-    print("| images | Frechet distance | KID x 1000 |\n| --- | --- | --- |")
+    print(markdown_header("images", "Frechet distance", "KID x 1000"))
+    kind = judge_name(reference, reference)
 
     def row(name, pixels):
         found = compare(features(judge, pixels), reference)
-        kind = judge_name(reference, reference)
         distance = found[f"fd{kind}"]
         kid, error = found[f"kid{kind}"], found[f"kid{kind}_std"]
-        print(f"| {name} | {distance:.3f} | {1000 * kid:.3f} ± {1000 * error:.3f} |")
+        print(markdown(name, f"{distance:.3f}", f"{1000 * kid:.3f} ± {1000 * error:.3f}"))
 
     row("trained on, not in the reference", trained[:n])
     row("held out", plain)
     for name, (spoil, amounts) in SPOILED.items():
         for amount in amounts:
             row(f"held out, {name.format(amount)}", spoil(plain, amount))
-    if labels.any():
+    if several_classes:
         row("held out, of half the classes", of_some[:n])
 
 
 def features(judge, pixels):
+    """What the judge says of the images -> Features, with the rows that KID needs."""
     return features_of(batched(pixels, 500), judge, len(pixels), keep_pool=True)
 
 
@@ -183,22 +187,11 @@ def main(argv=None):
         settings = judge.settings
         refuse_others(args.typed, settings, args.out)
     task, seed = settings["task"], settings["seed"]
-    images = load_images(args.data, settings["image_size"])
-    pixels, labels = np.asarray(images.pixels), images.labels
-    if labels is None and task == "classes":
-        raise ValueError(
-            f"{images.name} has no labels; expected one for every image; use --task rotations"
-        )
-    if len(pixels) < LEAST:
-        raise ValueError(
-            f"{images.name} holds {len(pixels)} images; expected at least {LEAST}; use more"
-        )
-    if labels is None:
-        labels = np.zeros(len(pixels), np.int64)
+    name, pixels, labels = images_of(args.data, settings)
     order = stream(seed, "held out", 0).permutation(len(pixels))
     held_out, trained = np.split(order, [round(HELD_OUT * len(order))])
     if judge is None:
-        settings["data"], settings["image_size"] = images.name, pixels.shape[1]
+        settings["data"], settings["image_size"] = name, pixels.shape[1]
         settings["classes"] = int(labels.max()) + 1 if task == "classes" else 4
         torch.manual_seed(seed)
         judge = Judge(settings)
@@ -208,6 +201,26 @@ def main(argv=None):
         save_judge(args.out, judge, right)
         print(f"{100 * right:.1f} % of {len(held_out):,} held-out images right; {args.out} written")
     check(load_judge(args.out), pixels[held_out], labels[held_out], pixels[trained[:REFERENCE]])
+
+
+def images_of(source, settings):
+    """(name, pixels, labels) of the data; where it has no labels, they are all 0.
+
+    ValueError where there are too few, or no labels to learn.
+    """
+    images = load_images(source, settings["image_size"])
+    pixels, labels = np.asarray(images.pixels), images.labels
+    if labels is None and settings["task"] == "classes":
+        raise ValueError(
+            f"{images.name} has no labels; expected one for every image; use --task rotations"
+        )
+    if len(pixels) < LEAST:
+        raise ValueError(
+            f"{images.name} holds {len(pixels)} images; expected at least {LEAST}; use more"
+        )
+    if labels is None:
+        labels = np.zeros(len(pixels), np.int64)
+    return images.name, pixels, labels
 
 
 def refuse_others(typed, settings, path):

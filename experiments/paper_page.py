@@ -102,7 +102,7 @@ ROWS = (
         r"\mu_{x_0'}(x_t, t) = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0'"
         r" + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t",
         "diffusion.mu_from_x0",
-        "test_eq10_moves_with_x0_hat_by_the_posterior_coefficient",
+        "test_eq10_is_its_printed_form",
     ),
     Row(
         "Eq. 11",
@@ -251,6 +251,7 @@ def find_code(name):
 
 
 def dedented(source):
+    """The lines of a source as one text, without the first one's indent."""
     indent = len(source[0]) - len(source[0].lstrip())
     return "".join(line[indent:] if line.strip() else line for line in source).rstrip()
 

@@ -24,7 +24,7 @@ from experiments.measuring import SIZE, batch_size
 def network_step(net, device, plain=False):
     """One training step of a copy of `net` on fixed data, in fp32, under its squared error.
 
-    plain : as one writes it at first
+    plain : from torch's basic operations, nothing fused
     """
     net = copy.deepcopy(net)
     net.bf16 = False

@@ -9,13 +9,15 @@ class Row(NamedTuple):
     """One line of a table.
 
     In its flags METRIC is LPIPS in the preset `paper` and where VGG's weights are at hand, else
-    SqueezeNet's features; MATCHED is the preset's, and FROZEN the checkpoint of that row.
+    SqueezeNet's features; MATCHED is the preset's, and FROZEN is the checkpoint of the row that the
+    constant FROZEN names.
     """
 
     flags: str = ""
     variant: str = ""  # of variants.py
-    begins_with: str = ""  # the row whose checkpoint it starts from; without flags, what is sampled
-    share: float = 1  # of the preset's iterations
+    begins_with: str = ""  # the row from whose checkpoint its training goes on
+    samples_of: str = ""  # the row whose checkpoint it samples; it trains none
+    length: float = 1  # times the preset's iterations
     steps: tuple | None = None  # of sampling, where they are not those of --steps
 
 
@@ -40,9 +42,9 @@ ROWS = {
     ("choices", "L_mu / coef1^2, clamped"): Row("--model casdm", "mu-scaled"),
     ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
     ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
-    ("choices", "r_t = 1 in sampling"): Row("", "r-one", "Cas-DM"),
-    ("choices", "r_t = t / T in sampling"): Row("", "r-linear", "Cas-DM"),
-    ("choices", "x0 clamped after mixing"): Row("", "clamp-mixed", "Cas-DM"),
+    ("choices", "r_t = 1 in sampling"): Row(variant="r-one", samples_of="Cas-DM"),
+    ("choices", "r_t = t / T in sampling"): Row(variant="r-linear", samples_of="Cas-DM"),
+    ("choices", "x0 clamped after mixing"): Row(variant="clamp-mixed", samples_of="Cas-DM"),
     ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
     ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
     ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
@@ -63,7 +65,7 @@ ROWS |= {
     for share in (0.25, 0.5, 0.75)
 }
 ROWS |= {
-    ("curves", f"{name}, other steps"): Row(begins_with=name, steps=(50, 20, 5)) for name in CURVES
+    ("curves", f"{name}, other steps"): Row(samples_of=name, steps=(50, 20, 5)) for name in CURVES
 }
 TABLE1 = [row for group, row in ROWS if group == "table 1" and row != REAL]
 
@@ -71,7 +73,7 @@ TABLE1 = [row for group, row in ROWS if group == "table 1" and row != REAL]
 def at_lengths(name):
     """The names of a row's run at each of LENGTHS, the shortest first."""
     longer = "{}, {} x the iterations"
-    return [name if share == 1 else longer.format(name, share) for share in LENGTHS]
+    return [name if length == 1 else longer.format(name, length) for length in LENGTHS]
 
 
 def lengths(name):
@@ -80,10 +82,10 @@ def lengths(name):
     Each of the longer ones goes on from the one before it.
     """
     flags, found, before = ROWS["table 1", name].flags, {}, ""
-    for row, share in zip(at_lengths(name), LENGTHS, strict=True):
-        if share != 1:
-            found["lengths", row] = Row(flags, begins_with=before, share=share)
-        if share >= 1:
+    for row, length in zip(at_lengths(name), LENGTHS, strict=True):
+        if length != 1:
+            found["lengths", row] = Row(flags, begins_with=before, length=length)
+        if length >= 1:
             before = row
     return found
 

@@ -5,8 +5,8 @@ r"""What few sampling steps are worth on trained models: a score by steps, sampl
     python -m experiments.steps --out assets/steps.png        the tables of all lines, and a picture
 
 The score is a Frechet distance of --n samples to the images of --data: of a judge's features
-(judge.py), or of the pixels, in [-1, 1], which needs no network.  It is no FID, and compares at
-equal n alone.  The column `images` is what as many of the images score against the rest: what a
+(judge.py), or of the pixels, in [-1, 1], which needs no network.  It is not an FID: compare scores
+at equal n only.  The column `images` is what as many of the images score against the rest: what a
 perfect model may reach.  Every sample of a model is drawn from the same noise.
 
 Each score is a line of --results; a score that has its line is not taken again.
@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import load_images, to_pixels
+from experiments.tables import markdown, markdown_header
 from features import batched, features_of
 from inception import Rows
 from neighbours.judge import load_judge
@@ -74,6 +75,7 @@ class Scorer:
         self.perfect = self.distance(images[np.sort(order[:n])])
 
     def features(self, pixels):
+        """What is compared of uint8 [n, H, W, 3]."""
         return features_of(batched(pixels, 500), self.network, len(pixels))
 
     def distance(self, pixels):
@@ -133,6 +135,7 @@ def taken(key, found):
 
 
 def lines(args):
+    """The lines of --results, none where it is not there."""
     if not args.results.exists():
         return []
     return [json.loads(line) for line in args.results.read_text().splitlines()]
@@ -144,10 +147,10 @@ def lines(args):
 def table(found):
     """Markdown of lines: a row a model and way, a column a number of steps."""
     names = [f"{steps} steps" for steps in STEPS]
-    rows = [f"| model | way | {' | '.join(names)} | images |", "| --- " * (len(STEPS) + 3) + "|"]
+    rows = [markdown_header("model", "way", *names, "images")]
     for model, way, distances, perfect in curves(found):
         cells = [f"{distances[steps]:.3f}" if steps in distances else "" for steps in STEPS]
-        rows.append(f"| {model} | {way} | {' | '.join(cells)} | {perfect:.3f} |")
+        rows.append(markdown(model, way, *cells, f"{perfect:.3f}"))
     return "\n".join(rows)
 
 
@@ -177,7 +180,7 @@ def save_picture(found, path):
 
 
 def main(argv=None):
-    """Takes the scores that are missing, and shows all lines of the same network and n."""
+    """Takes the scores that are missing, and prints a table for each network and n."""
     args = parse_args(argv)
     for checkpoint in args.checkpoints:
         take_scores(checkpoint, args)

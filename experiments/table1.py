@@ -8,15 +8,16 @@
 
 A run is trained by train.py, sampled from its moving average by sample.py with 100 and 10 steps,
 and scored by fid.py: FID (`paper`) or FID-768, sFID and KID by Inception, and the distance and KID
-of two judges of the same images (judge.py), which are trained first.  FID-768 is no FID: it takes
-768 features of a layer before FID's, and --weights may be a file of the layers up to it.
+of two judges of the same images (judge.py), which are trained first.  FID-768 uses an earlier
+layer: do not compare it with published FIDs.  For it, --weights may hold the layers up to that one
+alone.
 
 A finished run is a line of experiments/table1_PRESET.jsonl: its flags, its commit, its scores and
-the seconds of its last attempt.  What has its scores with every number of --steps is not made
-again, and a run that lacks one is sampled alone.  What was killed goes on where it was.  A longer
+the seconds of its last attempt.  A run that has its scores for every number of --steps is skipped;
+one that lacks some is sampled again, not trained.  What was killed goes on where it was.  A longer
 run goes on from where the shorter one ends.
-Table 1 comes first, then the other groups, each seed by seed, so that what is there is comparable
-at any time.
+Table 1 comes first, then the other groups, each seed by seed, so that what is there can always be
+compared.
 
 Means are over seeds, with their standard error; differences are of equal seeds.  The last
 checkpoint is scored; the paper takes the best of those that it evaluates.
@@ -30,6 +31,7 @@ presets:
 
 import collections
 import ctypes
+import functools
 import json
 import os
 import queue
@@ -62,6 +64,8 @@ JUDGES = ("classes", "rotations")  # tasks of judge.py
 
 
 class Preset(NamedTuple):
+    """The scale of all runs of one table."""
+
     image_size: int
     flags: str
     iterations: int
@@ -101,7 +105,6 @@ class Experiment:
         self.metric = "lpips" if name == "paper" or list(vgg) else "squeezenet"
         self.rows = {row: how for (_, row), how in ROWS.items()}
         self.programs = Programs(jobs, self.folder / "output.log")
-        self.labelled = True  # whether a judge of classes can be trained; `images` finds out
         # a checkpoint, and the statistics, are made once
         self.locks = collections.defaultdict(threading.Lock)
 
@@ -131,7 +134,7 @@ class Experiment:
             score = self.score(images)
             line |= {str(steps): score for steps in missing}
         else:
-            sampled = row if how.flags else how.begins_with
+            sampled = how.samples_of or row
             checkpoint = self.train(sampled, seed)
             line["flags"] = " ".join(self.flags(sampled, seed))
             for steps in missing:
@@ -146,8 +149,8 @@ class Experiment:
     def train(self, row, seed):
         """The row's finished checkpoint; the run is made, or gone on with, if it is not there.
 
-        `begins_with` of a row names the row whose checkpoint it begins with: two goes equal one, at
-        half the cost.
+        Where `begins_with` names a row, training goes on from a copy of that row's checkpoint: this
+        equals a run in one go, and repeats nothing.
         """
         how, place = self.rows[row], self.place(row, seed)
         checkpoint = place / "checkpoint.pt"
@@ -178,7 +181,8 @@ class Experiment:
         self.programs.call("sample.py", checkpoint, *arguments, variant=variant)
 
     def iterations(self, row):
-        return round(self.preset.iterations * self.rows[row].share)
+        """How many the row trains for."""
+        return round(self.preset.iterations * self.rows[row].length)
 
     def flags(self, row, seed):
         """The words of the row's command line that make its run what it is."""
@@ -212,7 +216,7 @@ class Experiment:
 
     def networks(self):
         """The names of what a sample is scored by."""
-        tasks = [task for task in JUDGES if task != "classes" or self.labelled]
+        tasks = [task for task in JUDGES if task != "classes" or self.training.labels is not None]
         return ["inception", *(f"judge-{task}" for task in tasks)]
 
     def network_flags(self, name):
@@ -254,16 +258,15 @@ class Experiment:
 
     def save_real(self, path, first, n):
         """n training images, in an order drawn once; past the last one the first come again."""
-        images = self.images()
-        order = stream(0, "reference", 0).permutation(len(images))
+        pixels = self.training.pixels
+        order = stream(0, "reference", 0).permutation(len(pixels))
         chosen = order.take(range(first, first + n), mode="wrap")
-        save_npz(images[np.sort(chosen)], path)
+        save_npz(pixels[np.sort(chosen)], path)
 
-    def images(self):
-        """The training images, from where the scripts look for them."""
-        images = data.load_images(self.source, self.preset.image_size, ROOT / "data")
-        self.labelled = images.labels is not None
-        return images.pixels
+    @functools.cached_property
+    def training(self):
+        """The training images and their labels, from where the scripts look for them."""
+        return data.load_images(self.source, self.preset.image_size, ROOT / "data")
 
     def lines(self):
         """The finished runs, a line each; a later line of a run adds its scores to the first."""
@@ -376,6 +379,7 @@ def die_with_parent():
 
 
 def commit():
+    """The short hash of what runs, or `unknown`."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     return found.stdout.strip() or "unknown"
@@ -387,7 +391,7 @@ def commit():
 def run_all(experiment, wanted):
     """Makes the runs, so many at a time; what stops one stops all, and the next call goes on."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
-    experiment.images()  # fetched and prepared once, not by every run at a time
+    _ = experiment.training  # fetched and prepared once, not by every run at a time
     with ThreadPoolExecutor(experiment.programs.jobs) as pool:
         # the statistics come first: what a score lacks is found out now
         networks = experiment.networks()

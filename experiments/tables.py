@@ -11,7 +11,7 @@ class Score(NamedTuple):
 
     name: str
     digits: int  # behind the point
-    times: int = 1
+    factor: int = 1
 
 
 # MAIN's are printed beside the paper's numbers, the rest in a table of their own.
@@ -62,7 +62,7 @@ def table(lines, steps):
     for header, rows in tables:
         if rows:
             print()
-            print_header(*header)
+            print(markdown_header(*header))
             for cells in rows:
                 print(markdown(*cells))
 
@@ -118,10 +118,9 @@ def lengths_tables(lines, steps):
         for score in PRINTED:
             curves = {row: by_iterations(lines, row, score, n) for row in TABLE1}
             curves = {row: found for row, found in curves.items() if found.keys() - {1}}
-            shares = shares_of(curves)
-            tables.append(
-                ([*titles([(n, score)]), *times(shares)], curve_rows(curves, shares, score))
-            )
+            lengths = lengths_in(curves)
+            header = [*titles([(n, score)]), *length_titles(lengths)]
+            tables.append((header, curve_rows(curves, lengths, score)))
     return tables
 
 
@@ -136,38 +135,40 @@ def gains_tables(lines, steps):
             if f"{row} + metric" not in TABLE1:
                 continue
             gains = {score: gain(lines, row, score, n) for score in PRINTED}
-            shares = shares_of(gains)
-            header = [f"{row} + metric - {row}, {n} steps", *times(shares)]
+            lengths = lengths_in(gains)
+            header = [f"{row} + metric - {row}, {n} steps", *length_titles(lengths)]
             rows = []
             for score, found in gains.items():
                 if found.keys() - {1}:
-                    cells = [f"{found[share]:+.0f} %" if share in found else "" for share in shares]
+                    cells = [
+                        f"{found[length]:+.0f} %" if length in found else "" for length in lengths
+                    ]
                     rows.append([PRINTED[score].name, *cells])
             tables.append((header, rows))
     return tables
 
 
 def gain(lines, row, score, n):
-    """{share of the iterations: by how many percent the metric changes the row's score}."""
+    """{length: by how many percent the metric changes the row's score}."""
     plain = by_iterations(lines, row, score, n)
     metric = by_iterations(lines, f"{row} + metric", score, n)
     found = {}
-    for share in plain.keys() & metric.keys():
-        seeds = plain[share].keys() & metric[share].keys()
-        before, after = (sum(side[share][seed] for seed in seeds) for side in (plain, metric))
+    for length in plain.keys() & metric.keys():
+        seeds = plain[length].keys() & metric[length].keys()
+        before, after = (sum(side[length][seed] for seed in seeds) for side in (plain, metric))
         if before:
-            found[share] = 100 * (after / before - 1)
+            found[length] = 100 * (after / before - 1)
     return found
 
 
-def shares_of(curves):
-    """Every share of the iterations that one of the curves has."""
-    return sorted({share for found in curves.values() for share in found})
+def lengths_in(curves):
+    """Every length that one of the curves has."""
+    return sorted({length for found in curves.values() for length in found})
 
 
-def times(shares):
-    """The headers of shares: 2 x the iterations."""
-    return [f"{share} x the iterations" for share in shares]
+def length_titles(lengths):
+    """The headers of lengths: 2 x the iterations."""
+    return [f"{length} x the iterations" for length in lengths]
 
 
 def curve_rows(curves, points, score):
@@ -199,7 +200,7 @@ def means(found, columns):
 
 def own_rows():
     """The rows of the preset's own iterations that have no sampling steps of their own."""
-    return [row for (_, row), how in ROWS.items() if not how.steps and how.share == 1]
+    return [row for (_, row), how in ROWS.items() if not how.steps and how.length == 1]
 
 
 def titles(columns):
@@ -219,34 +220,34 @@ def with_all(found, row, columns):
 def by_steps(lines, row, score):
     """{sampling steps: {seed: score}} of a row's own runs."""
     found = curve(lines, row, score)
-    return {steps: values for (share, steps), values in found.items() if share == 1}
+    return {steps: values for (length, steps), values in found.items() if length == 1}
 
 
 def by_iterations(lines, row, score, n):
-    """{share of the preset's iterations: {seed: score}} of a row, with n sampling steps."""
+    """{length: {seed: score}} of a row, with n sampling steps."""
     found = curve(lines, row, score)
-    return {share: values for (share, steps), values in found.items() if steps == n}
+    return {length: values for (length, steps), values in found.items() if steps == n}
 
 
 def curve(lines, row, score):
-    """{(share of the iterations, sampling steps): {seed: score}} of a row.
+    """{(length, sampling steps): {seed: score}} of a row.
 
     Of the row's own runs, of those trained longer or shorter, and with other steps; never under a
-    variant.
+    variant.  A length is times the preset's iterations.
     """
     flags = ROWS["table 1", row].flags
     mine = {}
     for (_, name), how in ROWS.items():
-        if not how.variant and (how.begins_with == row or how.flags == flags):
+        if not how.variant and (how.samples_of == row or how.flags == flags):
             mine[name] = how
     found = {}
     for line in lines:
         if line["row"] not in mine:
             continue
-        share = mine[line["row"]].share
+        length = mine[line["row"]].length
         for steps in filter(str.isdigit, line):
             if score in line[steps]:
-                of_point = found.setdefault((share, int(steps)), {})
+                of_point = found.setdefault((length, int(steps)), {})
                 of_point[line["seed"]] = line[steps][score]
     return found
 
@@ -269,11 +270,11 @@ def scores_of(lines):
 
 def spread(values, score, sign=""):
     """The mean, and its standard error where there is more than one value."""
-    _, digits, times = PRINTED[score]
-    mean = f"{times * statistics.mean(values):{sign}.{digits}f}"
+    _, digits, factor = PRINTED[score]
+    mean = f"{factor * statistics.mean(values):{sign}.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ± {times * standard_error(values):.{digits}f}"
+    return f"{mean} ± {factor * standard_error(values):.{digits}f}"
 
 
 def standard_error(values):
@@ -283,10 +284,9 @@ def standard_error(values):
     return statistics.stdev(values) / len(values) ** 0.5
 
 
-def print_header(*cells):
+def markdown_header(*cells):
     """The first two lines of a table."""
-    print(markdown(*cells))
-    print(markdown(*["---"] * len(cells)))
+    return "\n".join([markdown(*cells), markdown(*["---"] * len(cells))])
 
 
 def markdown(*cells):

@@ -160,14 +160,19 @@ SCRIPTS = {"train.py": train, "sample.py": sample}
 
 def main(argv=None):
     """Runs a script of the project under a variant."""
+    args = parse_args(argv)
+    for where, name, instead in VARIANTS[args.variant]:
+        setattr(where, name, instead)
+    return SCRIPTS[args.script].main(args.arguments)
+
+
+def parse_args(argv):
+    """The variant, the script, and the script's own arguments."""
     parser = cli.Parser(__doc__)
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("script", type=lambda path: Path(path).name, choices=SCRIPTS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
-    args = parser.parse_args(argv)
-    for where, name, instead in VARIANTS[args.variant]:
-        setattr(where, name, instead)
-    return SCRIPTS[args.script].main(args.arguments)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
