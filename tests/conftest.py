@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish():
-    """What has been imported stays: the collector of garbage need not look through it again."""
+    """Imported modules stay for good, so the garbage collector need not scan them."""
     if not gc.get_freeze_count():
         gc.freeze()
         gc.set_threshold(10_000)
@@ -37,9 +37,10 @@ def images(tmp_path):
     """Ten 16 x 16 images of three classes; batches of 4 end an epoch inside the third step."""
     import numpy as np
 
+    from made import random_pixels
+
     path = tmp_path / "images.npz"
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
-    np.savez(path, arr_0=pixels, arr_1=np.arange(10) % 3)
+    np.savez(path, arr_0=random_pixels(10, 16, 16), arr_1=np.arange(10) % 3)
     return path
 
 

@@ -1,10 +1,11 @@
-"""Small runs of the scripts, as many tests want them, and what such a run leaves."""
+"""Small runs of the scripts, as many tests want them: what such a run leaves, and how it ends."""
 
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import train
@@ -19,21 +20,29 @@ FLAGS = "--channels 32 --res-blocks 1 --T 20 --batch-size 4 --sample-every 0 --d
 SMALL = FLAGS.split()  # of a run of a second or two
 
 
-def settings(*argv):
+def settings_of(*argv):
     """The settings that train.py makes of a command line."""
     return parse_args("", [str(word) for word in argv])[0]
 
 
+def exit_code(main, *argv):
+    """What a script ends with, a usage error's SystemExit included."""
+    try:
+        return cli.run(main, [str(word) for word in argv])
+    except SystemExit as end:
+        return end.code
+
+
 def run(*argv):
     """train.py's exit code."""
-    return cli.run(train.main, [str(word) for word in argv])
+    return exit_code(train.main, *argv)
 
 
 def new_run(folder, *flags, stop=None):
     """A small Run of 16 x 16 shapes before its first step."""
-    s = settings(*SMALL, *flags)
-    images, metrics, _ = load_inputs(s)
-    return Run(s, folder, torch.device("cpu"), images, metrics, stop or cli.Stop())
+    settings = settings_of(*SMALL, *flags)
+    images, metrics, _ = load_inputs(settings)
+    return Run(settings, folder, torch.device("cpu"), images, metrics, stop or cli.Stop())
 
 
 def begun(name, *argv, processes=1, cwd=ROOT, **how):
@@ -113,20 +122,18 @@ def file_names(folder):
 
 def error_of(capsys):
     """The one line on stderr, an error's."""
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return one_error(capsys.readouterr().err)
 
 
-class Features(torch.nn.Module):
-    """Stands in for FID's network: a few moments of the pixels."""
+def usage_error(capsys, *argv):
+    """The one line with which train.py refuses a command line."""
+    with pytest.raises(SystemExit) as end:
+        settings_of(*argv)
+    assert end.value.code == 2
+    return error_of(capsys)
 
-    name = "inception-0"
 
-    def forward(self, batch):
-        x = batch.flatten(2).float() / 255
-        pool = torch.cat([x.mean(2), x.std(2)], 1)
-        return pool, pool[:, :3], pool
-
-    def precision(self):
-        return "float32"
+def one_error(said):
+    """What was said, an error of one line and nothing else."""
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said

@@ -17,8 +17,7 @@ import torch
 
 import data
 from made import random_pixels, refusal
-from runs import ROOT
-from support import cli
+from runs import ROOT, error_of, exit_code
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -215,10 +214,9 @@ def test_cifar10_is_unpacked_from_its_archive(tmp_path, monkeypatch):
     assert data.load_images("cifar10", 16, data_dir=tmp_path).pixels.shape == (20, 16, 16, 3)
 
 
-def test_every_error_ends_with_exit_code_one(tmp_path, capsys):
-    """cli.run prints the one line and returns 1."""
-    assert cli.run(lambda argv: data.load_images(tmp_path)) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+def test_a_folder_without_images_ends_a_script_with_exit_code_1(tmp_path, capsys):
+    assert exit_code(lambda argv: data.load_images(tmp_path)) == 1
+    assert "holds no images" in error_of(capsys)
 
 
 # ---- real images ----

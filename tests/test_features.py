@@ -16,13 +16,9 @@ from features import (
     reference_features,
     save_statistics,
 )
+from made import normal
 from scores import inception_score
 from tiny import Tiny, batches, features, pixels
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
-
 
 # ---- statistics ----
 
@@ -31,24 +27,12 @@ def normal(*shape, seed=0):
 def test_streamed_statistics_equal_numpys(batch_size):
     """Mean and unbiased covariance, whatever the batches and however far the mean from 0."""
     x = normal(100, 6) + 100
-    s = Statistics()
+    sums = Statistics()
     for rows in torch.from_numpy(x).split(batch_size):
-        s.add(rows)
-    mu, sigma = s.gaussian()
+        sums.add(rows)
+    mu, sigma = sums.gaussian()
     np.testing.assert_allclose(mu, x.mean(0), rtol=1e-10)
     np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), rtol=1e-10, atol=1e-10)
-
-
-def test_sums_of_two_accumulators_are_those_of_all_rows():
-    """n, sum and outer add up, so that many devices can share the work."""
-    x = torch.from_numpy(normal(30, 4))
-    a, b, merged = Statistics(), Statistics(), Statistics()
-    a.add(x[:11])
-    b.add(x[11:])
-    merged.n, merged.sum, merged.outer = a.n + b.n, a.sum + b.sum, a.outer + b.outer
-    mu, sigma = merged.gaussian()
-    np.testing.assert_allclose(mu, x.numpy().mean(0), rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(sigma, np.cov(x.numpy(), rowvar=False), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

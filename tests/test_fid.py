@@ -18,24 +18,13 @@ from features import (
     features_of,
     save_statistics,
 )
-from refiner import DEFAULTS, build_model
-from runs import ROOT, done
+from made import gaussian, normal
+from models import write_ddpm
+from runs import ROOT, done, exit_code
 from sample import Sampler
-from support import cli
-from support.checkpoint import write_checkpoint
 from tiny import Tiny, features, pixels
 
 few = pytest.mark.filterwarnings("ignore:.*images are few")
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def gaussian(n=200, d=24, seed=0):
-    """Mean and covariance of n rows; the covariance is singular where n <= d."""
-    x = normal(n, d, seed=seed) * np.linspace(0.1, 2, d) + seed
-    return x.mean(0), np.cov(x, rowvar=False)
 
 
 @pytest.fixture
@@ -46,10 +35,7 @@ def tiny(monkeypatch):
 
 def run(*argv):
     """The exit code of `python fid.py argv`."""
-    try:
-        return cli.run(fid.main, [str(word) for word in argv])
-    except SystemExit as end:
-        return end.code
+    return exit_code(fid.main, *argv)
 
 
 def failing(capsys, *argv):
@@ -88,10 +74,7 @@ def files(tmp_path):
 @pytest.fixture
 def checkpoint(files, monkeypatch):
     """A checkpoint of which image i is noise from (seed, i), whatever the batch, at 5 steps."""
-    settings = DEFAULTS | {"model": "ddpm", "image_size": 16, "channels": 32, "res_blocks": 1}
-    settings |= {"T": 20}
-    weights = build_model(settings).state_dict()
-    write_checkpoint(files / "model.pt", settings, step=1, model=weights, ema=weights)
+    write_ddpm(files / "model.pt")
 
     def drawn(self, first, n, watch=None):
         assert self.chain.step.tolist() == [0, 1, 5, 9, 13, 17]
@@ -249,7 +232,10 @@ def test_few_images_are_warned_of_and_many_are_not():
 
 
 def test_a_short_last_split_of_the_inception_score_is_warned_of():
-    """Images after the last 5,000 make a split of their own; alone, or none, they are no news."""
+    """Images beyond the last full 5,000 form a short split, which is warned of.
+
+    Not where that is the only split, or where there is no score.
+    """
     nine = features(pixels(9))
     other = nine._replace(n=None)
     with pytest.warns(UserWarning, match="Inception Score holds 7 images, not 5,000"):

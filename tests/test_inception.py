@@ -12,10 +12,11 @@ from torchvision.models import Inception3
 
 import fid
 import inception
-from features import batched, features_of
+from features import features_of
 from inception import InceptionFeatures, layers_up_to, tf1_resize
 from made import random_pixels
 from runs import ROOT
+from tiny import batches
 
 SHARED = ROOT.parent / "shared"
 
@@ -104,10 +105,6 @@ def test_network_has_its_golden_values(tmp_path):
     }
     for want, got in reference.items():
         assert float(got) == pytest.approx(want, rel=0, abs=1e-6)
-
-
-def batches(images, size):
-    return list(batched(images, size))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-r"""losses.py: Eqs. 6, 12, 14 and 15 of the paper.
+r"""losses.py: Eqs. 6 and 12-15 of the paper.
 
 Cas-DM   arXiv:2401.02414v1
 """
@@ -22,6 +22,7 @@ from diffusion import (
 )
 from losses import Batch, eps_loss, mu_loss, objective, training_losses, x0_loss
 from metrics import OnX0
+from models import SMALL
 from refiner import build_model
 from support.models import set_precision
 
@@ -235,8 +236,7 @@ def test_a_metric_sees_the_unclamped_prediction_first_and_the_image_second():
 def test_bf16_is_for_the_networks_and_not_for_losses_and_metrics():
     """The convolutions run in bfloat16; the prediction and the losses are float32."""
     torch.manual_seed(0)
-    settings = {"model": "ddpm", "predict": "x0", "image_size": 16, "channels": 32, "res_blocks": 1}
-    model = build_model(settings)
+    model = build_model(SMALL | {"model": "ddpm", "predict": "x0"})
     set_precision(model, "bf16")
     dtypes = []
     stem = model.theta.input_blocks[0]

@@ -175,12 +175,12 @@ def test_a_step_of_training_is_the_pages(tmp_path):
     from train import train
 
     small = "--T 4000 --channels 32 --batch-size 4 --iterations 1 --sample-every 0"
-    s, _ = parse_args("", small.split())
-    images, _, _ = load_inputs(s)
+    settings, _ = parse_args("", small.split())
+    images, _, _ = load_inputs(settings)
     metric, seen = OnX0(local_differences), []
     metric.register_forward_hook(lambda module, args, out: seen.append(args[1]))
     metrics = {"metric": (0.1, metric)}
-    run = Run(s, tmp_path, torch.device("cpu"), images, metrics, cli.Stop())
+    run = Run(settings, tmp_path, torch.device("cpu"), images, metrics, cli.Stop())
     without_zeros(run.raw_model)
     run.optimizer.param_groups[0].update(lr=0.1, eps=1.0)
     page = copy.deepcopy(run.raw_model).double()

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +17,13 @@ import metrics
 import neighbours
 import refiner
 import sample
-import train
 from diffusion import Prediction, at_step, mix, q_sample
 from losses import squared_norm
 from refiner import DDPM
-from support import cli
+from runs import ROOT, exit_code, run
 from support.images import Frames
 from support.models import load_model
 
-ROOT = Path(__file__).parents[1]
 ROOMS = (".", "support", "neighbours")  # what the scripts need
 NEIGHBOURS = sorted(
     path.stem
@@ -58,7 +55,7 @@ def project_without(neighbour, folder):
 TRAIN_AND_SAMPLE = """
 import sample, train
 from support import cli
-tiny = "{tiny} --iterations 1 --model ddpm --device cpu --out run"
+tiny = "{tiny} --iterations 1 --device cpu --out run"
 assert cli.run(train.main, tiny.split()) == 0
 two = "run/checkpoint.pt --n 2 --steps 2 --device cpu"
 assert cli.run(sample.main, two.split()) == 0
@@ -105,16 +102,16 @@ def test_every_neighbour_has_its_row():
 
 def trained(folder, line=""):
     """The checkpoint of two steps."""
-    argv = [*TINY.split(), "--device", "cpu", "--out", str(folder / "run"), *line.split()]
-    assert cli.run(train.main, argv) == 0
+    argv = [*TINY.split(), "--device", "cpu", "--out", folder / "run", *line.split()]
+    assert run(*argv) == 0
     return folder / "run/checkpoint.pt"
 
 
 def sampled(checkpoint, line=""):
     """Two images, uint8 [2, H, W, 3]."""
     out = checkpoint.parent / "images.npz"
-    how = ["--n", "2", "--steps", "2", "--device", "cpu", "--out", str(out)]
-    assert cli.run(sample.main, [str(checkpoint), *how, *line.split()]) == 0
+    how = ["--n", 2, "--steps", 2, "--device", "cpu", "--out", out]
+    assert exit_code(sample.main, checkpoint, *how, *line.split()) == 0
     return np.load(out)["arr_0"]
 
 
@@ -123,13 +120,13 @@ def scored(monkeypatch, capsys):
     """What fid.py prints of a against b, by random weights."""
     monkeypatch.setattr(fid, "frechet_distance", lambda *sides: 0.0)  # it takes seconds
 
-    def run(a, b):
+    def score(a, b):
         capsys.readouterr()
-        argv = [str(a), str(b), "--weights", "random", "--json", "--device", "cpu"]
-        assert cli.run(fid.main, argv) == 0
+        flags = ["--weights", "random", "--json", "--device", "cpu"]
+        assert exit_code(fid.main, a, b, *flags) == 0
         return json.loads(capsys.readouterr().out)
 
-    return run
+    return score
 
 
 def test_a_metric_is_a_function_and_a_row(tmp_path, monkeypatch):
@@ -174,7 +171,7 @@ class Renoise:
         return q_sample(x0, t - 1, self.noise(), chain)
 
 
-def renoise(a, settings):
+def renoise(args, settings):
     return lambda noise, y: Renoise(noise)
 
 

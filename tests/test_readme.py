@@ -15,9 +15,9 @@ import fid
 import metrics
 import sample
 import train
-from experiments import judge, steps, table1
+from experiments import benchmark, figures, judge, steps, table1, variants
+from runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 ROOMS = ("", "neighbours", "support", "experiments")
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = {
@@ -123,6 +123,12 @@ def commands(text):
                 yield command.strip()
 
 
+def parse_variant(argv):
+    """The arguments of the script that runs under a variant."""
+    args = variants.parse_args(argv)
+    return PARSERS[args.script](args.arguments)
+
+
 COMMANDS = sorted({command for page in PAGES.values() for command in commands(page)})
 PARSERS = {
     "train.py": lambda argv: train.parse_args(train.__doc__, argv),
@@ -131,12 +137,15 @@ PARSERS = {
     "experiments.table1": table1.parse_args,
     "experiments.judge": judge.parse_args,
     "experiments.steps": steps.parse_args,
+    "experiments.benchmark": benchmark.parse_args,
+    "experiments.figures": figures.parse_args,
+    "experiments.variants": parse_variant,
 }
 
 
 def parse(command):
     """Parses the arguments of a script; a usage error is SystemExit."""
-    words = shlex.split(command.replace("ROW", ""))
+    words = shlex.split(re.sub(r"\bROW( \.\.\.)?", "", command))
     script = next(i for i, word in enumerate(words) if word in PARSERS)
     return PARSERS[words[script]](words[script + 1 :])
 
@@ -152,10 +161,20 @@ def test_every_command_line_is_accepted(command):
 @pytest.mark.parametrize("row", table("docs/TABLES.md", "table"), ids=lambda row: row[1])
 def test_every_row_of_the_papers_tables_is_a_command_line(row):
     flags = re.findall(r"`(--[^`]*)`", row[2])
-    s, _ = parse(f"python train.py --data cifar10 --eval-at 20000,40000 {flags[0]}")
-    assert s["T"] == 4000
+    settings, _ = parse(f"python train.py --data cifar10 --eval-at 20000,40000 {flags[0]}")
+    assert settings["T"] == 4000
     for how in flags[1:]:
         parse(f"python fid.py RUN/best.pt cifar10 --n 50000 {how}")
+
+
+def test_every_documented_evaluation_is_the_papers():
+    """Every 20,000 iterations up to 100,000, then every 100,000 to 400,000   (Cas-DM Sec. 4.1)."""
+    paper = [*range(20_000, 100_001, 20_000), 200_000, 300_000, 400_000]
+    evaluating = [command for command in PARSED if "--eval-at" in command]
+    assert evaluating
+    for command in evaluating:
+        settings, _ = parse(command)
+        assert settings["eval_at"] == paper, command
 
 
 def help_of(main, capsys):

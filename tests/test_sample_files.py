@@ -10,12 +10,12 @@ from PIL import Image
 
 import sample
 import train
+from models import SMALL, without_zeros
 from refiner import DEFAULTS, build_model
-from runs import ROOT, error_of, file_names
-from support import cli
+from runs import ROOT, error_of, exit_code, file_names
 from support.checkpoint import PLACES, read_checkpoint, write_checkpoint
 
-SETTINGS = DEFAULTS | {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 20}
+SETTINGS = DEFAULTS | SMALL | {"T": 20}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def written(path, settings):
 
 
 def run(*argv):
-    return cli.run(sample.main, [*map(str, argv), "--device", "cpu"])
+    return exit_code(sample.main, *argv, "--device", "cpu")
 
 
 def sampled(path, *argv):
@@ -127,10 +127,7 @@ def test_load_model_gives_the_model_its_schedule_and_its_settings(checkpoint):
 def test_images_of_saved_weights_are_within_one_level_of_the_checkpoints(model, tmp_path):
     """By DDIM of 10 steps; the layers that begin at zero have numbers, else theta would be mute."""
     torch.manual_seed(0)
-    net = build_model(SETTINGS | model)
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.02)
+    net = without_zeros(build_model(SETTINGS | model), std=0.02)
     full, saved = tmp_path / "full.pt", tmp_path / "saved.pt"
     write_checkpoint(full, SETTINGS | model, ema=net.state_dict())
     assert run(full, "--save-weights", saved) == 0
@@ -201,7 +198,7 @@ def test_weights_that_were_not_saved_are_named(saved, opened, says, checkpoint, 
 def test_a_run_never_goes_on_from_saved_weights(checkpoint, tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     assert run(checkpoint, "--save-weights", path) == 0
-    assert cli.run(train.main, ["--resume", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert exit_code(train.main, "--resume", "--out", tmp_path, "--device", "cpu") == 1
     assert f"{path} holds no step or no data; expected a run's checkpoint" in error_of(capsys)
 
 
@@ -346,11 +343,8 @@ def test_no_picture_is_ever_written_for_nan(checkpoint, tmp_path, monkeypatch, c
 def test_bad_flags_are_one_line(flags, code, says, ddpm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("")
-    try:
-        got = run(ddpm, *flags.split())
-    except SystemExit as end:
-        got = end.code
-    assert got == code and says in error_of(capsys)
+    assert run(ddpm, *flags.split()) == code
+    assert says in error_of(capsys)
     assert file_names(tmp_path) == ["taken"]
 
 

@@ -9,17 +9,7 @@ import scipy.stats
 import torch
 
 import scores
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def gaussian(n=200, d=24, seed=0):
-    """Mean and covariance of n rows; the covariance is singular where n <= d."""
-    x = normal(n, d, seed=seed) * np.linspace(0.1, 2, d) + seed
-    return x.mean(0), np.cov(x, rowvar=False)
-
+from made import gaussian, normal
 
 # ---- the Frechet distance ----
 

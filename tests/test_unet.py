@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from models import without_zeros
 from unet import Attention, ResBlock, UNet, timestep_embedding
 
 
@@ -29,10 +30,7 @@ def randomised(net, seed=0):
     At initialisation no gradient and no signal passes the last convolutions.
     """
     torch.manual_seed(seed)
-    for p in net.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.1)
-    return net.double().eval()
+    return without_zeros(net).double().eval()
 
 
 def inputs(n=2, size=8):
@@ -134,9 +132,9 @@ def test_every_block_starts_as_its_skip_path():
     """A residual block is its skip connection, an attention the identity: both end in zeros."""
     torch.manual_seed(0)
     x, emb = torch.randn(2, 32, 4, 4), torch.randn(2, 8)
-    assert torch.equal(ResBlock(32, 32, emb=8, dropout=0.0)(x, emb), x)
+    assert torch.equal(ResBlock(32, 32, emb_channels=8, dropout=0.0)(x, emb), x)
     assert torch.equal(Attention(32, heads=4)(x), x)
-    wider = ResBlock(32, 64, emb=8, dropout=0.0)
+    wider = ResBlock(32, 64, emb_channels=8, dropout=0.0)
     assert torch.equal(wider(x, emb), wider.skip(x))
 
 
@@ -281,7 +279,7 @@ def test_residual_block_scales_and_shifts_its_second_norm():
     A zero embedding leaves a plain norm   (ADM Sec. 3.1).
     """
     torch.manual_seed(0)
-    block = ResBlock(32, 64, emb=8, dropout=0.0).double()
+    block = ResBlock(32, 64, emb_channels=8, dropout=0.0).double()
     nn.init.normal_(block.conv2.weight)
     x, emb = torch.randn(2, 32, 4, 4, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
     of_emb = F.linear(emb, block.emb.weight, block.emb.bias)

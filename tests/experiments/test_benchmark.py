@@ -1,10 +1,12 @@
 """benchmark.py: its rows drive the project's own loop, and a verdict is that of the figures."""
 
+import types
+
 import pytest
 import torch
 
 from experiments import benchmark, measuring, plain
-from support import cli
+from runs import error_of, exit_code
 from unet import ResBlock, UNet
 
 CPU = torch.device("cpu")
@@ -64,13 +66,36 @@ def test_a_fast_row_that_differs_or_is_far_from_the_peak_is_missed(
 ):
     found = measuring.Measured(1.0, 2.0, differ, share)
     monkeypatch.setattr(measuring, "measure", lambda *how: found)
-    row = measuring.Row(None, None, ">= 1.5 x", 1e-5, (1, torch.float32, 0.72))
+    peak = measuring.Peak(1, torch.float32, 0.72)
+    row = measuring.Row(None, None, ">= 1.5 x", 1e-5, peak)
     measuring.print_line("a", row, 1, CPU)
     assert capsys.readouterr().out.split()[-1] == "MISSED"
 
 
+def test_a_row_is_medians_of_turns_after_the_warm_up_and_the_relative_difference(monkeypatch):
+    """Work and reference in turn, by a clock that they move: of four turns the first is warm-up."""
+    now, turns = [0.0], []
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(measuring, "time", clock)
+
+    def takes(name, seconds, value):
+        seconds = iter(seconds)
+
+        def call():
+            turns.append(name)
+            now[0] += next(seconds)
+            return torch.tensor(value)
+
+        return call
+
+    work = takes("work", (9, 1, 2, 6), [1.0, 2.0])
+    reference = takes("reference", (9, 4, 4, 4), [1.0, 4.0])
+    row = measuring.Row(work, reference, ">= 1 x", tolerance=1.0, warm=1)
+    found = measuring.measure(row, 3, CPU)
+    assert found == measuring.Measured(2, 4, 0.5, None)  # |2 - 4| of at most 4
+    assert turns == ["work", "reference"] * 4
+
+
 def test_a_row_of_no_name_is_one_line(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.run(benchmark.main, ["step", "stepp"])
-    assert end.value.code == 2
-    assert "got stepp; expected rows of the table" in capsys.readouterr().err
+    assert exit_code(benchmark.main, "step", "stepp") == 2
+    assert "got stepp; expected rows of the table" in error_of(capsys)

@@ -7,18 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 from diffusion import SCHEDULES, Prediction, q_sample
 from experiments import figures, table1
 from experiments.rows import STEPS, at_lengths
 from losses import Batch, mu_loss
-from support import cli
+from made import random_pixels
+from runs import error_of, exit_code, run
 from support.files import save_npz
 
 
 def draw(what, work, out):
-    argv = ["--work", str(work), "--results", str(work / "lines.jsonl"), "--out", str(out)]
-    return cli.run(figures.main, [what, *argv])
+    argv = ["--work", work, "--results", work / "lines.jsonl", "--out", out]
+    return exit_code(figures.main, what, *argv)
 
 
 def test_the_schedules_are_drawn_alone(tmp_path):
@@ -29,14 +29,14 @@ def test_the_schedules_are_drawn_alone(tmp_path):
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
     assert draw("schedules", tmp_path, tmp_path / "nowhere") == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path / 'nowhere'} does not exist; expected a folder")
+    says = f"error: {tmp_path / 'nowhere'} does not exist; expected a folder"
+    assert error_of(capsys).startswith(says)
 
 
 def test_without_runs_it_is_one_line_that_says_what_makes_them(tmp_path, capsys):
     assert draw("results", tmp_path, tmp_path) == 1
     says = "100.npz does not exist; expected a run's samples, which experiments/table1.py draws"
-    assert says in capsys.readouterr().err
+    assert says in error_of(capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -125,16 +125,16 @@ def test_what_to_expect_are_the_runs_first_grids_and_mean_losses(
 ):
     """The top quarter of each grid; the log's rows of the 50 steps before, and no earlier ones."""
     monkeypatch.setattr(figures, "MILESTONES", (100, 200))
-    run = tmp_path / "my-run"
-    run.mkdir()
+    folder = tmp_path / "my-run"
+    folder.mkdir()
     for step in (100, 200):
         pixels = np.full((64, 64, 3), 255, np.uint8)
         pixels[:16] = step
-        Image.fromarray(pixels).save(run / f"samples_{step:06d}.png")
+        Image.fromarray(pixels).save(folder / f"samples_{step:06d}.png")
     losses = {50: 9.0, 90: 1.0, 100: 2.0, 150: 9.0, 180: 3.0, 200: 4.0}
     rows = [{"step": step, "eps": eps, "loss": 0.0} for step, eps in losses.items()]
-    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.run(figures.main, ["expect", str(run), "--out", str(tmp_path)]) == 0
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert exit_code(figures.main, "expect", folder, "--out", tmp_path) == 0
     for axis, step in zip(drawn["expect.png"].axes, (100, 200), strict=True):
         shown = axis.images[0].get_array()
         assert shown.shape == (16, 64, 3)
@@ -145,18 +145,17 @@ def test_what_to_expect_are_the_runs_first_grids_and_mean_losses(
 
 @pytest.mark.parametrize("argv", [["expect"], ["schedules", "runs/a"]])
 def test_runs_belong_to_what_to_expect_alone(argv, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        figures.main(argv)
-    assert "expected some with expect, and none otherwise" in capsys.readouterr().err
+    assert exit_code(figures.main, *argv) == 2
+    assert "expected some with expect, and none otherwise" in error_of(capsys)
 
 
 def tiny_run(experiment, row):
     """What table1.py leaves of a row: a checkpoint and its samples."""
     tiny = "--channels 32 --res-blocks 1 --T 100 --iterations 1 --batch-size 2 --sample-every 0"
     model = experiment.rows[row].flags.split(" --metric")[0]
-    argv = ["--data", str(experiment.folder / "images.npz"), *tiny.split(), *model.split()]
+    argv = ["--data", experiment.folder / "images.npz", *tiny.split(), *model.split()]
     place = experiment.place(row, 0)
-    assert cli.run(train.main, [*argv, "--out", str(place)]) == 0
+    assert run(*argv, "--out", place) == 0
     for steps in STEPS:
         save_npz(np.full((20, 16, 16, 3), 128, np.uint8), place / f"{steps}.npz")
 
@@ -164,7 +163,7 @@ def tiny_run(experiment, row):
 @pytest.mark.slow
 def test_every_picture_is_drawn_from_the_runs_and_their_lines(tmp_path, drawn, monkeypatch):
     experiment = table1.Experiment("cpu", tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    images = random_pixels(2, 16, 16)
     save_npz(images, tmp_path / "images.npz")
     save_npz(images, tmp_path / "reference.npz")
     longest = [at_lengths(row)[-1] for row in figures.CURVES]

@@ -9,11 +9,10 @@ import torch
 from data import from_pixels
 from experiments import steps
 from made import random_pixels
+from models import write_ddpm
 from neighbours.judge import Judge, save_judge
-from refiner import DEFAULTS, build_model
+from runs import error_of, exit_code
 from scores import frechet_distance
-from support import cli
-from support.checkpoint import write_checkpoint
 
 
 @pytest.fixture
@@ -22,25 +21,21 @@ def checkpoint(tmp_path, monkeypatch):
     ways = {"a": steps.Way("ddim", None, 4), "b": steps.Way("dpm++", "logsnr", 2)}
     monkeypatch.setattr(steps, "WAYS", ways)
     monkeypatch.setattr(steps, "STEPS", (2, 4))
-    settings = DEFAULTS | {"model": "ddpm", "image_size": 16, "channels": 32, "res_blocks": 1}
-    settings |= {"T": 20}
-    weights = build_model(settings).state_dict()
     (tmp_path / "tiny").mkdir()
     path = tmp_path / "tiny/checkpoint.pt"
-    write_checkpoint(path, settings, step=1, model=weights, ema=weights)
+    write_ddpm(path)
     return path
 
 
 @pytest.mark.filterwarnings("ignore:.*images are few")
 def test_each_score_is_taken_once_and_shown(checkpoint, tmp_path, capsys, monkeypatch):
-    """What is lost is taken again, alone and equal."""
+    """A score whose line is lost is computed again, alone, and comes out equal."""
     results = tmp_path / "steps.jsonl"
     torch.manual_seed(0)
     judge = {"image_size": 16, "classes": 2, "channels": 8, "task": "classes"}
     save_judge(tmp_path / "j.pt", Judge(judge).eval(), 0.5)
-    argv = [str(checkpoint), "--n", "5", "--judge", str(tmp_path / "j.pt")]
-    argv += ["--results", str(results)]
-    assert cli.run(steps.main, argv) == 0
+    argv = [checkpoint, "--n", 5, "--judge", tmp_path / "j.pt", "--results", results]
+    assert exit_code(steps.main, *argv) == 0
     table = capsys.readouterr().out
     found = [json.loads(line) for line in results.read_text().splitlines()]
     taken = [(line["way"], line["steps"]) for line in found]
@@ -51,7 +46,7 @@ def test_each_score_is_taken_once_and_shown(checkpoint, tmp_path, capsys, monkey
 
     results.write_text("\n".join(json.dumps(line) for line in found[1:]) + "\n")
     picture = tmp_path / "steps.png"
-    assert cli.run(steps.main, [*argv, "--out", str(picture)]) == 0
+    assert exit_code(steps.main, *argv, "--out", picture) == 0
     again = [json.loads(line) for line in results.read_text().splitlines()]
     assert again == [*found[1:], found[0]] and picture.exists()
 
@@ -70,11 +65,11 @@ def test_the_score_is_the_distance_of_the_pixels():
 
 
 def test_more_samples_than_images_are_refused(checkpoint, tmp_path, capsys):
-    argv = ["--n", "4095", "--results", str(tmp_path / "steps.jsonl")]
-    assert cli.run(steps.main, [str(checkpoint), *argv]) == 1
-    assert "--n 4095 of 4096 images; expected fewer" in capsys.readouterr().err
+    argv = [checkpoint, "--n", 4095, "--results", tmp_path / "steps.jsonl"]
+    assert exit_code(steps.main, *argv) == 1
+    assert "--n 4095 of 4096 images; expected fewer" in error_of(capsys)
 
 
 def test_without_lines_and_checkpoints_there_is_one_line(tmp_path, capsys):
-    assert cli.run(steps.main, ["--results", str(tmp_path / "none.jsonl")]) == 1
-    assert "none.jsonl has no line; expected scores" in capsys.readouterr().err
+    assert exit_code(steps.main, "--results", tmp_path / "none.jsonl") == 1
+    assert "none.jsonl has no line; expected scores" in error_of(capsys)

@@ -13,14 +13,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
+from data import Images
 from experiments import judge, rows, table1, tables, variants
 from experiments.rows import Row
 from refiner import build_model
-from support import cli
+from runs import ROOT, exit_code, settings_of
 from support.checkpoint import read_checkpoint
-from support.settings import parse_args
 
-ROOT = Path(__file__).parents[2]
 SCORER = """
 import json, sys, numpy as np
 images = np.load(sys.argv[1])["arr_0"]
@@ -46,7 +45,7 @@ class Work:
 
     def argv(self, *more):
         places = ["--work", self.folder, "--results", self.lines]
-        return list(map(str, ["--data", "shapes", *places, *more]))
+        return ["--data", "shapes", *places, *more]
 
     def found(self):
         """{(row, seed): line}"""
@@ -74,9 +73,9 @@ def few_rows(monkeypatch):
         ("a", "DDPM (eps)"): Row("--model ddpm"),
         ("b", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
         ("b", "matched"): Row("--model ddpm MATCHED"),
-        ("b", "clamp"): Row("", "clamp-mixed", "self-perceptual", steps=(20,)),
+        ("b", "clamp"): Row(variant="clamp-mixed", samples_of="self-perceptual", steps=(20,)),
         ("b", rows.REAL): Row(),
-        ("b", "long"): Row("--model ddpm", begins_with="DDPM (eps)", share=2, steps=(5,)),
+        ("b", "long"): Row("--model ddpm", begins_with="DDPM (eps)", length=2, steps=(5,)),
     }
     monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
     for module in (table1, tables):
@@ -92,14 +91,14 @@ def test_runs_are_made_once_and_go_on_where_they_were(work, few_rows, capsys):
     """Two seeds; a run killed before its first checkpoint starts anew, a lost line trains none."""
     (work.folder / "ddpm-eps-0").mkdir()
     (work.folder / "ddpm-eps-0/log.jsonl").touch()
-    assert cli.run(table1.main, work.argv("--seeds", 2, "--group", "a")) == 0
+    assert exit_code(table1.main, *work.argv("--seeds", 2, "--group", "a")) == 0
     zero, one = work.lines.read_text().splitlines()
     assert list(work.found()) == [("DDPM (eps)", 0), ("DDPM (eps)", 1)]
 
     work.lines.write_text(zero + "\n")
     checkpoint = work.folder / "ddpm-eps-1/checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns
-    assert cli.run(table1.main, work.argv("--seeds", 2, "--group", "all", "--jobs", 3)) == 0
+    assert exit_code(table1.main, *work.argv("--seeds", 2, "--group", "all", "--jobs", 3)) == 0
     assert checkpoint.stat().st_mtime_ns == before
     found = work.found()
     assert len(found) == 12
@@ -147,7 +146,7 @@ sys.exit(cli.run(table1.main))
 def test_a_signal_ends_every_run_and_nothing_is_left_running(sent, code, work):
     """It reaches the two trainings, which save; where table1.py itself is killed they end too."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, ROOT, work.fid, *work.argv("--jobs", 2)],
+        [sys.executable, "-c", SCRIPT, ROOT, work.fid, *map(str, work.argv("--jobs", 2))],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=with_ctrl_c,
@@ -192,13 +191,13 @@ def command_lines():
 def test_weights_that_do_not_fit_stop_the_runs_before_the_first_ends(work, capsys):
     """The statistics come first."""
     work.fid.write_text("raise SystemExit(1)")
-    assert cli.run(table1.main, work.argv()) == 1
+    assert exit_code(table1.main, *work.argv()) == 1
     assert "my_fid.py" in capsys.readouterr().err
     assert not list(work.folder.glob("*/checkpoint.pt"))
 
 
 def test_weights_that_are_not_there_are_one_line(work, capsys):
-    assert cli.run(table1.main, work.argv("--weights", work.folder / "none.pth")) == 1
+    assert exit_code(table1.main, *work.argv("--weights", work.folder / "none.pth")) == 1
     assert "none.pth does not exist" in capsys.readouterr().err
 
 
@@ -206,6 +205,7 @@ def test_every_sample_is_scored_by_inception_and_two_judges(tmp_path, monkeypatc
     """Statistics and judges are made once; every call means to fid.py what table1.py means."""
     weights = tmp_path / "w.pth"
     experiment, calls, judges = table1.Experiment("cpu", tmp_path, weights=weights), [], []
+    experiment.training = Images(np.zeros((2, 16, 16, 3), np.uint8), np.arange(2), "two", "0")
 
     def call(program, *arguments, capture=False):
         words = list(map(str, arguments))
@@ -229,16 +229,16 @@ def test_every_sample_is_scored_by_inception_and_two_judges(tmp_path, monkeypatc
     assert found["weights"] == ["inception-0", "judge-classes-0", "judge-rotations-0"]
     assert {"fid_768": 0.3, "sfid": 50, "kid": 0.1}.items() <= found.items()
     assert "n_a" not in found and "precision_judge" not in found
-    assert [a.task for a in judges] == ["classes", "rotations"]
-    assert all(a.image_size == 16 for a in judges)
-    made = [a for a in calls if a.save_stats]
-    scored = [a for a in calls if not a.save_stats]
+    assert [args.task for args in judges] == ["classes", "rotations"]
+    assert all(args.image_size == 16 for args in judges)
+    made = [args for args in calls if args.save_stats]
+    scored = [args for args in calls if not args.save_stats]
     assert (len(made), len(scored)) == (3, 6)
-    assert {a.A for a in made} == {str(tmp_path / "reference.npz")}
-    assert all(a.A == "images.npz" and a.json for a in scored)
+    assert {args.A for args in made} == {str(tmp_path / "reference.npz")}
+    assert all(args.A == "images.npz" and args.json for args in scored)
     first = scored[0]
     assert (first.dims, first.weights, first.judge) == (768, str(weights), None)
-    assert [a.B for a in scored] == 2 * [
+    assert [args.B for args in scored] == 2 * [
         str(experiment.statistics(n)) for n in experiment.networks()
     ]
 
@@ -264,8 +264,8 @@ def test_low_noise_rows_limit_cas_dms_metric_as_their_names_say(share, tmp_path)
     """And differ from Cas-DM + metric in nothing else."""
     experiment, found = table1.Experiment("cpu", tmp_path), []
     for row in (f"metric at t <= {share} T", "Cas-DM + metric"):
-        flags = ["--data", "cifar10", "--image-size", "16", *experiment.flags(row, 0)]
-        found.append(parse_args("", flags)[0])
+        flags = ["--data", "cifar10", "--image-size", 16, *experiment.flags(row, 0)]
+        found.append(settings_of(*flags))
     assert found[0].pop("metric_until") == share
     assert found[1].pop("metric_until") == 1
     assert found[0] == found[1]
@@ -276,21 +276,21 @@ def test_low_noise_rows_limit_cas_dms_metric_as_their_names_say(share, tmp_path)
 def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch):
     """With the metric named, the sizes matched, and the frozen model's place filled in."""
     experiment = table1.Experiment(preset, tmp_path)
-    judge = tmp_path / "checkpoint.pt"
-    monkeypatch.setattr(experiment, "train", lambda row, seed: judge)
-    size = str(experiment.preset.image_size)
+    frozen = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(experiment, "train", lambda row, seed: frozen)
+    size = experiment.preset.image_size
     for row, how in experiment.rows.items():
         assert how.variant in ("", *variants.VARIANTS)
         if not how.flags:
             continue
         flags = experiment.flags(row, 2)
-        s, _ = parse_args("", ["--data", "cifar10", "--image-size", size, *flags])
-        assert s["seed"] == 2
-        assert s["iterations"] == experiment.preset.iterations * how.share
-        assert set(s["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
+        settings = settings_of("--data", "cifar10", "--image-size", size, *flags)
+        assert settings["seed"] == 2
+        assert settings["iterations"] == experiment.preset.iterations * how.length
+        assert set(settings["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
         if how.begins_with:  # to go on with another run's checkpoint is that run, longer
             assert how.flags == experiment.rows[how.begins_with].flags
-            assert how.share > experiment.rows[how.begins_with].share
+            assert how.length > experiment.rows[how.begins_with].length
 
 
 @pytest.mark.slow
@@ -306,10 +306,10 @@ def test_one_network_is_matched_to_cas_dms_two(preset):
 
 def size_of(model, preset, flags):
     """(parameters, operations) of a model's networks."""
-    where = ["--data", "cifar10", "--image-size", str(preset.image_size)]
-    s, _ = parse_args("", [*where, "--model", model, *flags.split()])
+    where = ["--data", "cifar10", "--image-size", preset.image_size]
+    settings = settings_of(*where, "--model", model, *flags.split())
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = build_model(s)
+        model = build_model(settings)
         for network in model.children():
             x = torch.empty(1, 3, preset.image_size, preset.image_size)
             network.decode(*network.encode(x, torch.zeros(1)))  # `forward` asks for a device

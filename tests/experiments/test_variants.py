@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from diffusion import (
@@ -19,24 +18,20 @@ from diffusion import (
 )
 from experiments import variants
 from losses import Batch, mu_loss
+from models import SMALL, without_zeros
 from neighbours.perceptual import SelfPerceptual
 from refiner import DEFAULTS, CasDM
+from runs import error_of, exit_code
 from sample import Ddim
-from support import cli
 from support.checkpoint import read_checkpoint
 
 SCHEDULE = cosine_schedule()
-SMALL = DEFAULTS | {"image_size": 16, "channels": 32, "res_blocks": 1}
 
 
 def small(kind):
     """A Cas-DM of the given class; its random weights are always the same, none of them zero."""
     torch.manual_seed(0)
-    model = kind(SMALL)
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.05)
-    return model.eval()
+    return without_zeros(kind(DEFAULTS | SMALL)).eval()
 
 
 def says(kind):
@@ -187,14 +182,8 @@ def put_back(monkeypatch):
     ],
 )
 def test_what_is_no_variant_script_or_checkpoint_is_one_line(line, code, capsys, put_back):
-    try:
-        found = cli.run(variants.main, line.split())
-    except SystemExit as end:
-        found = end.code
-    error = capsys.readouterr().err
-    assert found == code
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert exit_code(variants.main, *line.split()) == code
+    assert error_of(capsys)
 
 
 def trained_and_sampled(folder, flags, variant=None):
@@ -202,14 +191,14 @@ def trained_and_sampled(folder, flags, variant=None):
     small = "--channels 32 --T 10 --iterations 2 --batch-size 2 --sample-every 0"
     checkpoint, images = folder / "checkpoint.pt", folder / "images.npz"
     lines = {
-        "train.py": [*small.split(), *flags, "--out", str(folder)],
-        "sample.py": [str(checkpoint), "--n", "2", "--steps", "10", "--out", str(images)],
+        "train.py": [*small.split(), *flags, "--out", folder],
+        "sample.py": [checkpoint, "--n", 2, "--steps", 10, "--out", images],
     }
     for script, argv in lines.items():
         if variant:
-            assert cli.run(variants.main, [variant, script, *argv]) == 0
+            assert exit_code(variants.main, variant, script, *argv) == 0
         else:
-            assert cli.run(variants.SCRIPTS[script].main, argv) == 0
+            assert exit_code(variants.SCRIPTS[script].main, *argv) == 0
     state = read_checkpoint(checkpoint)
     return state["model"], state["ema"], {"images": torch.from_numpy(np.load(images)["arr_0"])}
 

@@ -5,14 +5,12 @@ CFG   arXiv:2207.12598v1
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from diffusion import x0_from_eps
+from models import small as small_model
 from neighbours.classifier_free import ClassifierFree, classifier_free
-from support.models import build
 
-SMALL = {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 100, "num_classes": 3}
 KINDS = {
     "ddpm": {"model": "ddpm"},
     "ddpm-x0": {"model": "ddpm", "predict": "x0"},
@@ -25,12 +23,8 @@ NO_LABEL = torch.full((4,), 3)
 
 def small(kind, label_dropout=0.1):
     """A model with three labels and, where they were dropped, none; no weight is zero."""
-    torch.manual_seed(0)
-    model = build(SMALL | KINDS[kind] | {"label_dropout": label_dropout})
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.1)
-    return model.eval()
+    labels = {"num_classes": 3, "label_dropout": label_dropout}
+    return small_model(**KINDS[kind], T=100, **labels).eval()
 
 
 def guided(kind, w):

@@ -17,13 +17,13 @@ from diffusion import (
     respace,
 )
 from losses import Batch, training_losses
+from models import small as small_model
 from neighbours.guidance import GuidedEstimates, classifier_gradient, guided, guided_x0
 from neighbours.variance import Ancestral, log_variance
 from sample import Ddim, Sampler
-from support.models import build, set_precision
+from support.models import set_precision
 
-SMALL = {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 100}
-STEPS = {
+MAKERS = {  # (noise, y) -> a step
     "ddim": lambda noise, y: Ddim(),
     "eta 1": lambda noise, y: Ddim(1.0, noise),
     "ancestral": lambda noise, y: Ancestral("small", noise),
@@ -31,13 +31,8 @@ STEPS = {
 
 
 def small(model, **settings):
-    """A model of random weights, none of them zero."""
-    torch.manual_seed(0)
-    model = build(SMALL | {"model": model} | settings)
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.1)
-    return model.eval()
+    """Of 100 steps and in eval mode; no weight is zero."""
+    return small_model(model=model, T=100, **settings).eval()
 
 
 def noisy(n=4, seed=0):
@@ -103,16 +98,6 @@ def test_each_images_label_is_its_own():
     assert same == [True, True, False, True]
 
 
-def test_adagn_with_a_zero_embedding_is_a_plain_group_norm():
-    """GroupNorm(h)(1 + scale) + shift with scale = shift = 0 (ADM Sec. 3.1)."""
-    block = small("ddpm").theta.input_blocks[1][0]
-    nn.init.zeros_(block.emb.weight)
-    nn.init.zeros_(block.emb.bias)
-    x, emb, silu = torch.randn(2, 32, 8, 8), torch.randn(2, 128), nn.functional.silu
-    h = block.norm2(block.conv1(silu(block.norm1(x))))
-    assert_close(block(x, emb), block.skip(x) + block.conv2(silu(h)))
-
-
 def test_labels_train_their_rows_and_no_other():
     """Only the rows of the labels in the batch get a gradient, in theta and in phi."""
     model, (x0, t) = small("casdm", num_classes=4), noisy(2)
@@ -151,20 +136,20 @@ def test_the_gradient_is_that_of_the_log_probability_times_the_scale():
 
 
 @pytest.mark.parametrize("model", ["ddpm", "dual", "casdm"])
-@pytest.mark.parametrize("step", STEPS)
-def test_scale_zero_is_the_unguided_sampler_bit_for_bit(model, step):
+@pytest.mark.parametrize("make_step", MAKERS.values(), ids=MAKERS)
+def test_scale_zero_is_the_unguided_sampler_bit_for_bit(model, make_step):
     model, classifier = small(model), small("classifier", num_classes=3)
-    plain = Sampler(model, 16, 4, make_step=STEPS[step])(0, 1)
-    assert torch.equal(guided_sampler(model, STEPS[step], classifier, 0.0, 1)(0, 1), plain)
+    plain = Sampler(model, 16, 4, make_step=make_step)(0, 1)
+    assert torch.equal(guided_sampler(model, make_step, classifier, 0.0, 1)(0, 1), plain)
 
 
 def test_the_ancestral_mean_moves_by_s_sigma_g():
     """One step of a Gaussian classifier, in closed form: mu + s Sigma (c - x_t) (ADM Alg. 1)."""
     model, c = small("ddpm"), torch.full((3, 16, 16), 0.5)
     plain, moved = [], []
-    sampler = Sampler(model, 16, 4, make_step=STEPS["ancestral"])
+    sampler = Sampler(model, 16, 4, make_step=MAKERS["ancestral"])
     sampler(0, 1, lambda t, x_t, estimates: plain.append(x_t))
-    sampler = guided_sampler(model, STEPS["ancestral"], Gaussian(c), 3.0, 0)
+    sampler = guided_sampler(model, MAKERS["ancestral"], Gaussian(c), 3.0, 0)
     sampler(0, 1, lambda t, x_t, estimates: moved.append(x_t))
     sigma2 = log_variance(torch.tensor([4]), sampler.chain, "small", c[None]).exp()
     assert torch.equal(moved[0], plain[0])
@@ -194,7 +179,7 @@ def test_in_casdm_phi_sees_the_unguided_x0_star():
     seen = []
     model.phi.register_forward_hook(lambda phi, inputs, output: seen.append(inputs[0]))
     Sampler(model, 16, 4)(0, 1)
-    guided_sampler(model, STEPS["ddim"], classifier, 1.0, 0)(0, 1)
+    guided_sampler(model, MAKERS["ddim"], classifier, 1.0, 0)(0, 1)
     plain, moved = seen[:4], seen[4:]
     assert torch.equal(plain[0], moved[0])
     assert not torch.equal(plain[1], moved[1])

@@ -9,8 +9,7 @@ import torch
 import fid
 from made import random_pixels
 from neighbours.judge import KIND, Judge, load_judge, name_of, save_judge
-from runs import done
-from support import cli
+from runs import done, exit_code
 
 SETTINGS = {"image_size": 16, "classes": 10, "channels": 8, "task": "classes"}
 
@@ -29,10 +28,7 @@ def batch(n=3, size=16):
 
 def score(*argv):
     """The exit code of `python fid.py argv`."""
-    try:
-        return cli.run(fid.main, [str(word) for word in argv])
-    except SystemExit as end:
-        return end.code
+    return exit_code(fid.main, *argv)
 
 
 def test_a_judge_survives_its_file(tmp_path, judge):

@@ -5,32 +5,21 @@ PixelGen   arXiv:2602.02493     pMF   arXiv:2601.22158
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import train
 from diffusion import Prediction, cosine_schedule, linear_schedule, q_sample
 from losses import Batch, objective, squared_norm, training_losses
 from metrics import METRICS, OnX0
+from models import small
 from neighbours.low_noise import LowNoise
 from neighbours.perceptual import SelfPerceptual
-from runs import error_of, new_run, same, settings
+from runs import new_run, same, settings_of, usage_error
 from support.checkpoint import read_checkpoint
-from support.models import build
 from support.settings import load_inputs, reopen
 
 TIMES = torch.tensor([30, 3, 50, 20, 21])  # of T = 50; of them 3 and 20 are at most 20
 LOW = [1, 3]
-
-
-def small(**settings):
-    """A model of random weights, none of them zero."""
-    torch.manual_seed(0)
-    model = build({"image_size": 16, "channels": 32, "res_blocks": 1, "T": 50} | settings)
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.1)
-    return model
 
 
 def batch_of(model, times=TIMES, **how):
@@ -65,7 +54,7 @@ def watched(monkeypatch):
 
 def test_it_is_the_metric_of_the_low_images_and_zero_for_the_others():
     """And the metric sees those images alone."""
-    model, metric = small(), Watched()
+    model, metric = small(T=50), Watched()
     batch = batch_of(model)
     pred = model(batch.x_t, batch.t)
     found = LowNoise(OnX0(metric), 20)(pred, batch)
@@ -77,7 +66,7 @@ def test_it_is_the_metric_of_the_low_images_and_zero_for_the_others():
 
 
 def test_its_gradient_reaches_the_clean_images_of_the_low_ones_alone():
-    batch = batch_of(small())
+    batch = batch_of(small(T=50))
     x0_hat = batch.x0.mul(0.5).requires_grad_()
     pred = Prediction(batch.eps, x0_hat, torch.zeros(5, 1, 16, 16))
     LowNoise(OnX0(Watched()), 20)(pred, batch).mean().backward()
@@ -87,7 +76,7 @@ def test_its_gradient_reaches_the_clean_images_of_the_low_ones_alone():
 
 def test_in_casdm_it_trains_phi_by_the_low_images_as_their_own_batch_would():
     """Two of five images: 2/5 of the gradient of the mean over these two; theta has none."""
-    model, metric = small(), OnX0(Watched())
+    model, metric = small(T=50), OnX0(Watched())
     batch = batch_of(model)
     pred = model(batch.x_t, batch.t)
     phi = list(model.phi.parameters())
@@ -104,7 +93,7 @@ def test_in_casdm_it_trains_phi_by_the_low_images_as_their_own_batch_would():
 
 
 def test_a_batch_without_low_noise_does_not_ask_the_metric_and_trains_all_the_same():
-    model, metric = small(), Watched()
+    model, metric = small(T=50), Watched()
     batch = batch_of(model)
     losses = training_losses(model, batch, {"metric": LowNoise(OnX0(metric), 2)})
     terms = objective(losses, {"eps": 1, "x0": 1, "mu": 1, "metric": 1}, batch)
@@ -116,11 +105,12 @@ def test_a_batch_without_low_noise_does_not_ask_the_metric_and_trains_all_the_sa
 
 def test_the_self_perceptual_metric_gets_the_labels_and_other_t_of_the_low_images():
     """Each image's distance is that of the whole batch's; the weight may be a number."""
-    model, judge = small(num_classes=3), SelfPerceptual(small(model="ddpm", num_classes=3))
+    labelled = {"T": 50, "num_classes": 3}
+    model, metric = small(**labelled), SelfPerceptual(small(model="ddpm", **labelled))
     y, t_other = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([1, 10, 20, 30, 40])
     batch = batch_of(model, y=y, t_other=t_other)
     pred = model(batch.x_t, batch.t, y)
-    found, whole = LowNoise(judge, 20)(pred, batch), judge(pred, batch)
+    found, whole = LowNoise(metric, 20)(pred, batch), metric(pred, batch)
     assert whole.all()
     assert_close(found[LOW], whole[LOW], rtol=1e-4, atol=1e-6)
     assert not found[[0, 2, 4]].any()
@@ -155,7 +145,7 @@ def assert_same_weights(a, b):
 
 
 def test_a_run_that_lets_everything_through_is_bitwise_the_run_without_it(tmp_path):
-    """0.99 of T = 20 is t <= 20, and still goes the way of any share."""
+    """0.99 of T = 20 rounds to t <= 20, all of them; the metric is still wrapped."""
     plain, sums = trained(tmp_path, "--metric", "ssim=0.1")
     until, same_sums = trained(tmp_path, "--metric", "ssim=0.1", "--metric-until", 0.99)
     assert [type(r.metrics["ssim"]) for r in (plain, until)] == [OnX0, LowNoise]
@@ -189,8 +179,8 @@ def test_a_share_becomes_the_last_step_of_every_metric(watched, monkeypatch, tmp
     """0.29 of 100 is 29, though 0.29 * 100 < 29 in floating point."""
     monkeypatch.setattr("neighbours.perceptual.frozen_model", lambda *_: small(model="ddpm"))
     flags = ["--metric", "ssim=0.1", "--metric", "haarpsi=0.1", "--self-perceptual", "a.pt=1"]
-    s = settings(*flags, "--T", 100, "--metric-until", 0.29)
-    _, metrics, _ = load_inputs(s)
+    settings = settings_of(*flags, "--T", 100, "--metric-until", 0.29)
+    _, metrics, _ = load_inputs(settings)
     assert metrics.keys() == {"ssim", "haarpsi", "self-perceptual"}
     assert [type(metric) for _, metric in metrics.values()] == [LowNoise] * 3
     assert {metric.last for _, metric in metrics.values()} == {29}
@@ -220,6 +210,4 @@ def test_a_run_from_before_the_flag_goes_on_with_every_t(tmp_path):
     ],
 )
 def test_a_share_that_means_nothing_is_one_line_and_exit_2(line, says, capsys):
-    with pytest.raises(SystemExit) as end:
-        settings(*line.split())
-    assert end.value.code == 2 and says in error_of(capsys)
+    assert says in usage_error(capsys, *line.split())

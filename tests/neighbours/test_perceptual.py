@@ -5,27 +5,15 @@ SP   arXiv:2401.00110   Diffusion Model with Perceptual Loss
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from diffusion import Prediction, ddim_mu_from_x0, eps_from_x0, q_sample
 from losses import Batch, training_losses
+from models import small
 from neighbours.perceptual import SelfPerceptual
-from support.models import build
 
-SMALL = {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 50}
 T_OTHER = torch.tensor([50, 3, 20])
 ALONE = {"model": "ddpm", "self_perceptual": {"frozen.pt": 1.0}}  # a DDPM's whole objective
-
-
-def small(seed=0, **settings):
-    """A model of random weights, none of them zero."""
-    torch.manual_seed(seed)
-    model = build(SMALL | settings)
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.1)
-    return model
 
 
 def batch_of(model, y=None):
@@ -41,9 +29,24 @@ def says(x0_hat, eps_hat):
     return Prediction(eps_hat, x0_hat, torch.full((3, 1, 16, 16), 0.5))
 
 
+def any_x0_hat():
+    """A prediction far from the images of the batch."""
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
 @pytest.fixture
 def frozen():
-    return small(5, model="ddpm")
+    return small(5, model="ddpm", T=50)
+
+
+def shown(frozen, pred, batch):
+    """The noisy images that the metric shows the frozen model: x_t', x^_t'."""
+    seen = []
+    first = frozen.theta.input_blocks[0]
+    hook = first.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    SelfPerceptual(frozen, own_noise=True)(pred, batch)
+    hook.remove()
+    return seen
 
 
 def test_it_is_the_distance_of_the_middles_features_of_both_images_noised_to_the_other_t(frozen):
@@ -87,11 +90,12 @@ def test_beside_other_losses_it_is_a_metric_on_x0_hat_alone(frozen):
 
 
 def test_a_models_own_pair_makes_a_deterministic_ddim_jump(frozen):
-    """x^_t' at t' = t - 1 is Cas-DM Eq. 16 with sigma = 0."""
-    x0, t, x_t = torch.rand(3, 3, 4, 4).double(), torch.tensor([2, 30, 45]), normal()
-    eps_hat = eps_from_x0(x_t, t, x0, frozen.schedule)
-    jump = q_sample(x0, t - 1, eps_hat, frozen.schedule)
-    assert_close(jump, ddim_mu_from_x0(x_t, t, x0, frozen.schedule), rtol=1e-6, atol=1e-6)
+    """x^_t' at t' = t - 1 is Cas-DM Eq. 16 with sigma = 0, whatever x0' is."""
+    batch, x0_hat = batch_of(frozen), any_x0_hat()
+    x_t, t = batch.x_t, batch.t
+    pred = says(x0_hat, eps_from_x0(x_t, t, x0_hat, frozen.schedule))
+    _, jump = shown(frozen, pred, batch._replace(t_other=t - 1))
+    assert_close(jump, ddim_mu_from_x0(x_t, t, x0_hat, frozen.schedule), rtol=1e-4, atol=1e-5)
 
 
 def test_a_models_own_pair_moves_by_a_known_multiple_of_the_error_of_x0_hat(frozen):
@@ -99,19 +103,13 @@ def test_a_models_own_pair_moves_by_a_known_multiple_of_the_error_of_x0_hat(froz
 
     So that the metric measures x0' - x0, and not at all where t' = t.
     """
-    schedule, t = frozen.schedule, torch.tensor([2, 30, 45])
-    x0, eps, x0_hat = normal(1), normal(2), normal(3)
-    x_t = q_sample(x0, t, eps, schedule)
-    theirs = q_sample(x0_hat, T_OTHER, eps_from_x0(x_t, t, x0_hat, schedule), schedule)
-    ours = q_sample(x0, T_OTHER, eps, schedule)
-    a, b = (schedule.alpha_bar[i].view(-1, 1, 1, 1) for i in (t, T_OTHER))
-    factor = b.sqrt() - (1 - b).sqrt() * (a / (1 - a)).sqrt()
-    assert_close(theirs - ours, factor * (x0_hat - x0), rtol=1e-9, atol=1e-9)
-
-
-def normal(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, 3, 4, 4, generator=generator, dtype=torch.float64)
+    batch, x0_hat = batch_of(frozen), any_x0_hat()
+    abar = frozen.schedule.alpha_bar
+    pred = says(x0_hat, eps_from_x0(batch.x_t, batch.t, x0_hat, frozen.schedule))
+    ours, theirs = shown(frozen, pred, batch)
+    a, b = (abar[t].view(-1, 1, 1, 1) for t in (batch.t, T_OTHER))
+    factor = (b.sqrt() - (1 - b).sqrt() * (a / (1 - a)).sqrt()).float()
+    assert_close(theirs - ours, factor * (x0_hat - batch.x0), rtol=1e-4, atol=1e-5)
 
 
 # ---- what it trains ----
@@ -127,14 +125,14 @@ def trained_by_it(model, frozen, own_noise=False):
 
 def test_the_frozen_model_never_changes_and_has_no_gradient(frozen):
     before = {name: p.clone() for name, p in frozen.state_dict().items()}
-    trained_by_it(small(model="casdm", dropout=0.5), frozen)
+    trained_by_it(small(model="casdm", T=50, dropout=0.5), frozen)
     assert all(torch.equal(p, before[name]) for name, p in frozen.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
     assert not frozen.training
 
 
 def test_in_casdm_it_trains_phi_and_leaves_theta_alone(frozen):
-    model = small(model="casdm")
+    model = small(model="casdm", T=50)
     assert trained_by_it(model, frozen) == ["eps", "x0", "mu", "self-perceptual"]
     assert all(p.grad is None for p in model.theta.parameters())
     assert model.phi.input_blocks[0][0].weight.grad.any()
@@ -142,7 +140,7 @@ def test_in_casdm_it_trains_phi_and_leaves_theta_alone(frozen):
 
 @pytest.mark.parametrize("predict", ["eps", "x0"])
 def test_in_ddpm_it_is_the_whole_objective_and_trains_the_network(predict, frozen):
-    model = small(**ALONE, predict=predict)
+    model = small(**ALONE, predict=predict, T=50)
     assert model.terms == ()
     assert trained_by_it(model, frozen, own_noise=True) == ["self-perceptual"]
     assert model.theta.input_blocks[0][0].weight.grad.any()
@@ -152,16 +150,16 @@ def test_a_ddpms_eps_hat_is_its_own_and_another_models_the_drawn_one(monkeypatch
     """As the flags plug it in."""
     from neighbours import perceptual
 
-    monkeypatch.setattr(perceptual, "frozen_model", lambda path, s: small(5, model="ddpm"))
+    monkeypatch.setattr(perceptual, "frozen_model", lambda path, settings: small(model="ddpm"))
     plugged = perceptual.Perceptual()
     for model, own in (("ddpm", True), ("casdm", False), ("dual", False)):
-        s = {"model": model, "self_perceptual": {"frozen.pt": 0.5}}
-        weight, metric = plugged.metrics(s)["self-perceptual"]
+        settings = {"model": model, "self_perceptual": {"frozen.pt": 0.5}}
+        weight, metric = plugged.metrics(settings)["self-perceptual"]
         assert (weight, metric.own_noise) == (0.5, own)
 
 
 def test_theta_of_a_casdm_can_be_the_frozen_model_and_labels_reach_it():
-    frozen = small(5, model="casdm", num_classes=3)
+    frozen = small(5, model="casdm", num_classes=3, T=50)
     metric = SelfPerceptual(frozen)
     found = []
     for label in (0, 1):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import models
 from refiner import DEFAULTS
 from runs import SMALL, assert_same_run, run
 from sample import load_model
@@ -43,7 +44,7 @@ def old_name(name, names):
     ids=["casdm", "dual", "ddpm", "learned variance", "classifier"],
 )
 def test_a_version_1_checkpoint_opens_with_the_same_weights(settings, names, tmp_path):
-    settings = DEFAULTS | {"image_size": 16, "channels": 32, "res_blocks": 1, "T": 20} | settings
+    settings = DEFAULTS | models.SMALL | {"T": 20} | settings
     weights = build(settings).state_dict()
     average = {name: 2 * w for name, w in weights.items()}
     path = tmp_path / "checkpoint.pt"

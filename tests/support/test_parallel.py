@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from diffusion import q_sample
 from losses import Batch, objective, training_losses
-from runs import ROOT, SMALL, begun, done, new_run, run, settings, wait_for, workers_of
+from runs import (
+    ROOT,
+    SMALL,
+    begun,
+    done,
+    new_run,
+    run,
+    settings_of,
+    usage_error,
+    wait_for,
+    workers_of,
+)
 from support import parallel
 from support.checkpoint import read_checkpoint
 
@@ -81,10 +91,8 @@ def torchrun_of_three(monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_is_a_usage_error(torchrun_of_three, capsys):
-    with pytest.raises(SystemExit) as end:
-        train.main([*EIGHT, "--accumulate", "2"])
-    assert end.value.code == 2
-    assert "multiple of 3 processes x --accumulate 2" in capsys.readouterr().err
+    said = usage_error(capsys, *EIGHT, "--accumulate", 2)
+    assert "multiple of 3 processes x --accumulate 2" in said
 
 
 @pytest.mark.parametrize("name", parallel.TORCHRUN)
@@ -94,7 +102,7 @@ def test_a_part_of_torchruns_environment_is_a_single_process(name, monkeypatch):
     assert parallel.processes() == 1
     assert parallel.begin(torch.device("cpu")) == torch.device("cpu")
     assert parallel.size() == 1
-    settings(*SMALL, "--batch-size", 4)
+    settings_of(*SMALL, "--batch-size", 4)
 
 
 # ---- two processes ----
@@ -132,9 +140,9 @@ import sys, time
 import train
 from support import cli, run
 write = run.write_checkpoint
-def write_slowly(*a, **k):
+def write_slowly(*args, **how):
     time.sleep({seconds})
-    write(*a, **k)
+    write(*args, **how)
 run.write_checkpoint = write_slowly
 sys.exit(cli.run(train.main))
 """

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import train
-from runs import SMALL, Features, new_run, run
+from runs import SMALL, new_run, run
 from support import cli, parallel
 from support import run as run_module
 from support.checkpoint import read_checkpoint
 from support.pictures import read_log
 from support.run import Run, batch_size_of_samples, compile_mode, evaluation_due
+from tiny import Tiny
 
 # ---- memory ----
 
@@ -87,8 +88,8 @@ def test_a_resumed_run_lets_the_checkpoint_go(begun_run, monkeypatch):
 )
 def test_evaluations_are_every_so_many_steps_and_at_the_steps_asked_for(eval_every, eval_at, due):
     """--eval-every counts the last step too; --eval-at is of its steps alone, as the paper's."""
-    s = {"eval_every": eval_every, "eval_at": eval_at, "iterations": 7}
-    assert [step for step in range(8) if evaluation_due(s, step)] == due
+    settings = {"eval_every": eval_every, "eval_at": eval_at, "iterations": 7}
+    assert [step for step in range(8) if evaluation_due(settings, step)] == due
 
 
 # ---- best.pt ----
@@ -97,7 +98,7 @@ def test_evaluations_are_every_so_many_steps_and_at_the_steps_asked_for(eval_eve
 @pytest.mark.slow
 def test_the_best_has_the_least_fid_of_equally_many_samples(tmp_path, monkeypatch):
     """FID falls with n: 3 of 8 samples says nothing about 5 of 4, which begins anew."""
-    monkeypatch.setattr("fid.InceptionFeatures", Features)
+    monkeypatch.setattr("fid.InceptionFeatures", Tiny)
     monkeypatch.setattr(Run, "draw_grid", lambda self: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     distances = iter([3.0, 5.0, 4.0, 6.0])
@@ -144,7 +145,7 @@ def test_images_per_second_leaves_out_grids_evaluations_and_saves(tmp_path, monk
 
         return call
 
-    monkeypatch.setattr("fid.InceptionFeatures", Features)
+    monkeypatch.setattr("fid.InceptionFeatures", Tiny)
     monkeypatch.setattr(run_module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Run, "average", takes(1, Run.average))
     for name in ("save", "draw_grid", "evaluate"):
@@ -181,7 +182,7 @@ def test_grids_and_evaluations_sample_in_the_runs_precision(
     precision, tmp_path, monkeypatch, capsys
 ):
     """And in batches that fill the device, here of two; the first lines say both."""
-    monkeypatch.setattr(run_module, "batch_size_of_samples", lambda device, s: 2)
+    monkeypatch.setattr(run_module, "batch_size_of_samples", lambda device, settings: 2)
     flags = ["--model", "ddpm", "--precision", precision, "--sample-every", 4]
     r = new_run(tmp_path, "--T", 4, *flags)
     computed = []
@@ -200,8 +201,8 @@ def test_grids_and_evaluations_sample_in_the_runs_precision(
 )
 def test_a_gpu_samples_twice_what_it_trains_at_a_time(device, batch_size, parts, size):
     """Within 64 and 256, since FID's network sees the batch at 299 x 299."""
-    s = {"batch_size": batch_size, "accumulate": parts}
-    assert batch_size_of_samples(torch.device(device), s) == size
+    settings = {"batch_size": batch_size, "accumulate": parts}
+    assert batch_size_of_samples(torch.device(device), settings) == size
 
 
 # ---- what is said ----

@@ -12,8 +12,17 @@ from metrics import METRICS, FeatureDistance
 from neighbours.guidance import Classifier
 from neighbours.variance import LearnedVariance
 from refiner import DDPM, CasDM, DDPMx0, DualDiffusion
-from runs import SMALL, assert_same_run, error_of, new_run, run, settings
-from support.models import kind
+from runs import (
+    SMALL,
+    assert_same_run,
+    error_of,
+    new_run,
+    one_error,
+    run,
+    settings_of,
+    usage_error,
+)
+from support.models import class_of
 from support.settings import classes, reopen
 from unet import UNet
 
@@ -22,7 +31,7 @@ from unet import UNet
 
 def test_the_papers_command_has_the_papers_settings():
     """`--model casdm --lpips 0.1 --data cifar10` is Cas-DM Sec. 4.1."""
-    s = settings("--model", "casdm", "--lpips", "0.1", "--data", "cifar10")
+    settings = settings_of("--model", "casdm", "--lpips", "0.1", "--data", "cifar10")
     paper = {
         "channels": 128,
         "res_blocks": 3,
@@ -41,18 +50,24 @@ def test_the_papers_command_has_the_papers_settings():
         "dropout": 0.0,
         "ema": 0.9999,
         "precision": "fp32",
+        "sampler": "ddim",
+        "sample_steps": 100,
+        "learn_sigma": False,
+        "objective": "simple",
     }
-    assert {key: s[key] for key in paper} == paper
+    assert {key: settings[key] for key in paper} == paper
 
 
 def test_what_is_typed_wins_over_the_datas_defaults():
-    s = settings("--data", "cifar10", "--channels", 64, "--T", 1000, "--image-size", 16)
-    assert (s["channels"], s["T"], s["image_size"], s["res_blocks"]) == (64, 1000, 16, 3)
+    settings = settings_of("--data", "cifar10", "--channels", 64, "--T", 1000, "--image-size", 16)
+    expected = {"channels": 64, "T": 1000, "image_size": 16, "res_blocks": 3}
+    assert {key: settings[key] for key in expected} == expected
 
 
 def test_shapes_are_small_and_need_no_flag():
-    s = settings()
-    assert (s["data"], s["model"], s["image_size"], s["channels"]) == ("shapes", "casdm", 16, 32)
+    settings = settings_of()
+    expected = {"data": "shapes", "model": "casdm", "image_size": 16, "channels": 32}
+    assert {key: settings[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -80,15 +95,16 @@ def test_shapes_are_small_and_need_no_flag():
 )
 def test_every_row_of_the_tables_is_a_command_line(line, model, metrics):
     """Cas-DM Tables 1, 3 and 4; and the neighbours."""
-    s = settings("--data", "cifar10", *line.split())
-    assert kind(s) is model and s["metric"] == metrics
+    settings = settings_of("--data", "cifar10", *line.split())
+    assert class_of(settings) is model and settings["metric"] == metrics
 
 
 @pytest.mark.parametrize("model", ["ddpm", "dual", "casdm", "casdm --refiner fixres"])
 @pytest.mark.parametrize("data, size", [("cifar10", 32), ("celebahq", 64), ("lsun-bedroom", 64)])
 def test_every_data_set_brings_its_size_and_the_papers_network(model, data, size):
-    s = settings("--data", data, "--model", *model.split())
-    assert (s["T"], s["image_size"], s["channels"]) == (4000, size, 128)
+    settings = settings_of("--data", data, "--model", *model.split())
+    expected = {"T": 4000, "image_size": size, "channels": 128}
+    assert {key: settings[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -130,9 +146,7 @@ def test_every_data_set_brings_its_size_and_the_papers_network(model, data, size
     ],
 )
 def test_what_the_flags_alone_show_to_be_wrong_is_one_line_and_exit_2(line, says, capsys):
-    with pytest.raises(SystemExit) as end:
-        settings(*line.split())
-    assert end.value.code == 2 and says in error_of(capsys)
+    assert says in usage_error(capsys, *line.split())
 
 
 # ---- what files and devices bring ----
@@ -190,19 +204,19 @@ def test_labels_with_a_gap_are_refused_and_the_missing_ones_named(
 
 
 def test_a_run_begun_with_a_gap_in_its_labels_can_still_go_on():
-    s = settings("--class-cond")
+    settings = settings_of("--class-cond")
     gap = Images(np.zeros((2, 16, 16, 3), np.uint8), np.array([1, 2]), "gap.npz", "")
-    assert classes(s | {"num_classes": 3}, gap) == 3
+    assert classes(settings | {"num_classes": 3}, gap) == 3
 
 
 def test_a_frozen_model_of_another_image_size_is_refused_where_the_images_bring_theirs(
     images, tmp_path, capsys
 ):
-    judge = tmp_path / "judge/checkpoint.pt"
+    frozen = tmp_path / "frozen/checkpoint.pt"
     flags = [*SMALL, "--iterations", 1]
     large = ["--model", "ddpm", "--image-size", 32]
-    assert run(*flags, *large, "--out", tmp_path / "judge") == 0
-    flags += ["--data", images, "--self-perceptual", f"{judge}=1"]
+    assert run(*flags, *large, "--out", tmp_path / "frozen") == 0
+    flags += ["--data", images, "--self-perceptual", f"{frozen}=1"]
     assert run(*flags, "--out", tmp_path / "run") == 1
     assert "has image_size 32 where the other model has 16" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -236,8 +250,8 @@ def test_metric_size_without_a_network_is_one_line(metric, tmp_path, capsys):
 def test_the_place_of_cifar10_is_kept_where_the_run_found_it(tmp_path, monkeypatch):
     """Without --data-dir it is ./data: of the folder in which the run began, not of any later."""
     monkeypatch.chdir(tmp_path)
-    assert settings("--data", "cifar10")["data_dir"] == str(tmp_path / "data")
-    typed = settings("--data", "cifar10", "--data-dir", "cifar10")
+    assert settings_of("--data", "cifar10")["data_dir"] == str(tmp_path / "data")
+    typed = settings_of("--data", "cifar10", "--data-dir", "cifar10")
     assert typed["data_dir"] == str(tmp_path / "cifar10")
 
 
@@ -283,7 +297,7 @@ def test_a_resume_is_checked_on_the_settings_it_comes_to(begun, changed, says, t
     go_on = ["--resume", "--iterations", 2, "--out", tmp_path / "run"]
     assert run(*go_on, *changed.split()) == 1
     out, error = capsys.readouterr()
-    assert error.startswith("error: ") and error.count("\n") == 1 and says in error and not out
+    assert says in one_error(error) and not out
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
@@ -356,8 +370,8 @@ def test_a_copied_folder_of_images_is_another_place_with_a_note(tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_self_perceptual_model_can_be_moved_but_its_weight_stays(tmp_path, capsys):
-    old, new = tmp_path / "judge/checkpoint.pt", tmp_path / "moved.pt"
-    assert run(*SMALL, "--model", "ddpm", "--iterations", 1, "--out", tmp_path / "judge") == 0
+    old, new = tmp_path / "frozen/checkpoint.pt", tmp_path / "moved.pt"
+    assert run(*SMALL, "--model", "ddpm", "--iterations", 1, "--out", tmp_path / "frozen") == 0
     common = [*SMALL, "--self-perceptual", f"{old}=1"]
     assert run(*common, "--iterations", 2, "--out", tmp_path / "one") == 0
     assert run(*common, "--iterations", 1, "--out", tmp_path / "two") == 0

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from runs import SMALL, Features, assert_same_run, file_names, run, started
+from runs import SMALL, assert_same_run, file_names, run, started
 from support.run import Run
+from tiny import Tiny
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_memory_grows_by_less_than_20_kB_a_step(steps, flags, images, tmp_path, 
 
     Curves are left out: matplotlib's own memory takes 40 pictures to settle.
     """
-    monkeypatch.setattr("fid.InceptionFeatures", Features)
+    monkeypatch.setattr("fid.InceptionFeatures", Tiny)
     monkeypatch.setattr("support.run.GRID", 4)
     monkeypatch.setattr("support.pictures.draw_curves", lambda *_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
