@@ -16,6 +16,7 @@ CHOICE: no augmentation, no flips; the paper names none and improved-diffusion u
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,16 +49,11 @@ class Images(NamedTuple):
 
 def from_pixels(pixels):
     """uint8 0..255 [B, H, W, 3], array or tensor -> float32 [-1, 1] [B, 3, H, W]: v / 127.5 - 1."""
-    pixels = (
-        pixels if torch.is_tensor(pixels) else torch.from_numpy(np.array(pixels))
-    )  # a copy: a memory map cannot be written
+    if not torch.is_tensor(pixels):
+        pixels = torch.from_numpy(np.array(pixels))  # a copy: a memory map cannot be written
     assert pixels.dtype == torch.uint8, f"expected uint8 pixels, got {pixels.dtype}"
-    return (
-        pixels.permute(0, 3, 1, 2)
-        .to(torch.float32, memory_format=torch.contiguous_format)
-        .div_(127.5)
-        .sub_(1)
-    )
+    x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return x.div_(127.5).sub_(1)
 
 
 def to_pixels(x):
@@ -69,15 +65,11 @@ def to_pixels(x):
     """
     if x.isnan().any():
         raise ValueError(
-            "the images hold NaN; expected numbers; the network that made them has diverged"
+            "the images hold NaN, so the network that made them has diverged; "
+            "expected numbers; use an earlier checkpoint"
         )
-    return (
-        ((x.float().clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        .contiguous()
-    )
+    levels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous()
 
 
 # ---- images ----
@@ -139,8 +131,7 @@ def _open(source, image_size, data_dir, skip_bad):
         )
     elif not Path(data_dir).exists():
         raise FileNotFoundError(
-            f"{data_dir} does not exist; "
-            f"expected {', '.join(DATASETS)}, a folder of images or an .npz; check the path"
+            f"{data_dir} does not exist; expected a folder of images or an .npz; check --data-dir"
         )
     else:
         found = open_path(Path(data_dir), skip_bad)
@@ -151,6 +142,7 @@ def _open(source, image_size, data_dir, skip_bad):
 
 
 def open_shapes(image_size, data_dir):
+    """`shapes` as Frames; data_dir means nothing to it."""
     pixels, labels = shapes(image_size)
     return Frames(pixels, labels, "shapes", image_size)
 
@@ -163,32 +155,26 @@ def shapes(image_size=16):
     draw = stream(0, "shapes", 0)
     n = 4096
     labels = draw.integers(3, size=n)
-    centre = draw.uniform(-0.25, 0.25, (n, 2, 1, 1)).astype(
-        np.float32
-    )  # the picture is [-1, 1]^2, y down
+    # the picture is [-1, 1]^2, y down
+    centre = draw.uniform(-0.25, 0.25, (n, 2, 1, 1)).astype(np.float32)
     radius = draw.uniform(0.4, 0.6, (n, 1, 1)).astype(np.float32)
-    bright, dark = (
-        0.2 + 0.8 * _hue(draw.uniform(size=(n, 1))),
-        0.35 * _hue(draw.uniform(size=(n, 1))),
-    )  # [n, 3]
+    bright = 0.2 + 0.8 * _hue(draw.uniform(size=(n, 1)))  # [n, 3]
+    dark = 0.35 * _hue(draw.uniform(size=(n, 1)))
     grid = ((np.arange(image_size) + 0.5) * 2 / image_size - 1).astype(np.float32)
     pixels = np.empty((n, image_size, image_size, 3), np.uint8)
     for part in np.split(np.arange(n), 16):  # in parts, so that large sizes fit
-        x, y = grid - centre[part, 0], grid[:, None] - centre[part, 1]  # [n/16, 1, S], [n/16, S, 1]
-        outside = np.choose(
-            labels[part, None, None],
-            [  # distance to the outline, negative inside: [n/16, S, S]
-                np.hypot(x, y) - radius[part],
-                np.maximum(abs(x), abs(y)) - 0.85 * radius[part],
-                np.maximum(y, math.sqrt(0.75) * abs(x) - 0.5 * y) - radius[part] / 1.6,
-            ],
-        )
-        cover = np.clip(0.5 - outside * image_size / 2, 0, 1)[
-            ..., None
-        ]  # the pixel's share inside: anti-aliased
-        pixels[part] = np.rint(
-            255 * (dark[part, None, None] + cover * (bright - dark)[part, None, None])
-        )
+        x = grid - centre[part, 0]  # [n/16, 1, S]
+        y = grid[:, None] - centre[part, 1]  # [n/16, S, 1]
+        r = radius[part]
+        # distances to the outlines, negative inside: [n/16, S, S]
+        disc = np.hypot(x, y) - r
+        square = np.maximum(abs(x), abs(y)) - 0.85 * r
+        triangle = np.maximum(y, math.sqrt(0.75) * abs(x) - 0.5 * y) - r / 1.6
+        outside = np.choose(labels[part, None, None], [disc, square, triangle])
+        # the share of each pixel that lies inside, so that edges are smooth
+        cover = np.clip(0.5 - outside * image_size / 2, 0, 1)[..., None]
+        ground, contrast = dark[part, None, None], (bright - dark)[part, None, None]
+        pixels[part] = np.rint(255 * (ground + cover * contrast))
     return pixels, labels
 
 
@@ -204,18 +190,13 @@ def open_cifar10(image_size, data_dir):
 
 
 def _cifar10(folder):
-    try:
+    with suppress(RuntimeError):  # not unpacked there, or not whole
         return CIFAR10(folder)  # compares MD5 sums before it opens anything
-    except RuntimeError:  # not unpacked there, or not whole
-        archive = download(
-            CIFAR10.url,
-            170,
-            "--data cifar10",
-            "train the same model in small, offline: "
-            "python train.py --model casdm --metric ssim=0.1 --data shapes",
-            CIFAR10_SHA256,
-            folder,
-        )
+    instead = (
+        "train the same model in small, offline: "
+        "python train.py --model casdm --metric ssim=0.1 --data shapes"
+    )
+    archive = download(CIFAR10.url, 170, "--data cifar10", instead, CIFAR10_SHA256, folder)
     if hashlib.sha256(archive.read_bytes()).hexdigest() != CIFAR10_SHA256:
         raise ValueError(
             f"{archive} is damaged or another file; expected SHA-256 {CIFAR10_SHA256}; "

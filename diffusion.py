@@ -47,16 +47,19 @@ class Prediction(NamedTuple):
     eps_hat: torch.Tensor  # [B, C, H, W]   eps', the noise
     x0_hat: torch.Tensor  # [B, C, H, W]   x0', the clean image, not clamped
     r_t: torch.Tensor  # [B, 1, H, W]   weight of x0_hat in the mixed mean, 0..1
-    v: torch.Tensor | None = None  # [B, C, H, W]   Sigma_theta of Cas-DM Eq. 4; None: not learned
+    v: torch.Tensor | None = None  # [B, C, H, W]   says Sigma_theta (Cas-DM Eq. 4), if learned
 
 
 class Estimates(NamedTuple):
-    """What a step back is formed from: two clean images in [-1, 1], and their weight."""
+    """What a step back is formed from: two clean images in [-1, 1], and their weight.
+
+    A classifier's guidance may move both images out of that range.
+    """
 
     x0_star: torch.Tensor  # [B, C, H, W]   x0*, implied by eps'
     x0_hat: torch.Tensor  # [B, C, H, W]   x0'
     r_t: torch.Tensor  # [B, 1, H, W]
-    v: torch.Tensor | None = None
+    v: torch.Tensor | None = None  # [B, C, H, W]   as in Prediction
 
 
 # ---- schedules ----
@@ -93,9 +96,12 @@ def respace(schedule, steps):
         steps = evenly(T, steps)
     steps = list(steps)
     if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] > T:
+        got = ", ".join(map(str, steps[:5])) or "none"
+        if len(steps) > 5:
+            got += ", ..."
         raise ValueError(
-            f"sampling steps {', '.join(map(str, steps[:5])) or 'none'}, ...; expected different "
-            f"numbers from 1 to {T}, ascending; choose others"
+            f"sampling steps {got}; "
+            f"expected different numbers from 1 to {T}, ascending; choose others"
         )
     kept = torch.tensor([0, *steps], device=schedule.step.device)
     alpha_bar = schedule.alpha_bar[kept]
@@ -114,7 +120,7 @@ def evenly(T, n):
     1.5e-10.
     """
     if not 1 <= n <= T:
-        raise ValueError(f"{n} sampling steps; expected 1 to {T}, the steps of the schedule")
+        raise ValueError(f"{n} sampling steps; expected 1 to the schedule's {T}; choose fewer")
     stride = -(-T // n)  # the only whole one that can leave n
     if len(range(0, T, stride)) == n:
         return list(range(1, T + 1, stride))
@@ -244,10 +250,9 @@ def gaussian_kl(mu1, log_var1, mu2, log_var2):
     Between q(x_{t-1} | x_t, x0) and p(x_{t-1} | x_t) it is L_t (Cas-DM Eq. 5).  At equal variances
     it is (mu1 - mu2)^2 / (2 sigma^2) (Cas-DM Eq. 6, whose printed 2 beta_t^2 should be 2 beta_t).
     """
-    log_ratio = log_var2 - log_var1
-    ratio = (log_var1 - log_var2).exp()
+    log_ratio = log_var1 - log_var2
     distance = (mu1 - mu2).square() * (-log_var2).exp()
-    return (log_ratio + ratio + distance - 1) / 2
+    return (log_ratio.exp() - log_ratio + distance - 1) / 2
 
 
 # ---- one step back: DDIM ----

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from scores import SPLIT, gaussian, inception_score
+from scores import SPLIT, checked_gaussian, inception_score
 from support import cli, parallel
 from support.files import atomic, read_npz
 from support.images import cache_folder
@@ -60,10 +60,10 @@ def features_of(batches, network, n=None, keep_pool=False):
             bar.update(len(pool))
     mu, sigma = pool_sums.gaussian()
     found = Features(mu, sigma, n=pool_sums.n, weights=network.name)
-    if spatial is not None:
+    if spatial_sums.n:
         mu_s, sigma_s = spatial_sums.gaussian()
         found = found._replace(mu_s=mu_s, sigma_s=sigma_s)
-    if logits is not None:
+    if splits.pending is not None:
         found = found._replace(score=splits.score())
     if keep_pool:
         kept = kept[: pool_sums.n]
@@ -77,11 +77,7 @@ def features_of(batches, network, n=None, keep_pool=False):
 
 
 class Statistics:
-    """Running mean and covariance of rows of features, in float64 and constant memory.
-
-    n, sum and outer are plain sums over the rows: adding those of two accumulators, or of many
-    devices, gives those of all rows.
-    """
+    """Running mean and covariance of rows of features, in float64 and constant memory."""
 
     n, sum, outer = 0, 0, 0
 
@@ -149,6 +145,7 @@ def batched(images, batch_size):
 
     every = batches()
     while turn := list(itertools.islice(every, parallel.size())):
+        # a rank without a batch of its own gets an empty one: all must go round equally often
         yield turn[parallel.rank()] if parallel.rank() < len(turn) else turn[0][:0]
 
 
@@ -208,9 +205,9 @@ def load_statistics(path):
             f"{path} holds {', '.join(found) or 'no statistics'}; "
             "expected at least mu and sigma; make it again with --save-stats"
         )
-    features = Features(*gaussian(found["mu"], found["sigma"], path))
+    features = Features(*checked_gaussian(found["mu"], found["sigma"], path))
     if found.keys() >= {"mu_s", "sigma_s"}:
-        mu_s, sigma_s = gaussian(found["mu_s"], found["sigma_s"], path)
+        mu_s, sigma_s = checked_gaussian(found["mu_s"], found["sigma_s"], path)
         features = features._replace(mu_s=mu_s, sigma_s=sigma_s)
     for key, kind in (("n", int), ("weights", str)):
         if key in found and found[key].size == 1:

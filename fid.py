@@ -46,7 +46,7 @@ from inception import LAYERS, InceptionFeatures
 from sample import check_sampler, open_model, open_sampler, sampler_defaults, sampler_flags
 from scores import SPLIT, frechet_distance, kernel_distance, precision_recall
 from support import cli, parallel
-from support.files import read_npz
+from support.files import check_writable, read_npz
 from support.models import neighbours
 
 POOL = 2048  # features of pool_3
@@ -306,7 +306,8 @@ def check_args(parser, args):
 def main(argv=None):
     """The scores of A against B, statistics for later, or both."""
     args = parse_args(argv)
-    check_folder(args.save_stats)
+    if args.save_stats:
+        check_writable(args.save_stats)  # before hours of sampling
     device = parallel.begin(cli.open_device(args.device))
     sides = [open_side(source, args, device) for source in (args.A, args.B) if source is not None]
     if args.precision_recall and not all(map(gives_rows, sides)):
@@ -344,15 +345,6 @@ def main(argv=None):
         print(bf16_effect(head, exact, network, other), file=note)
 
 
-def check_folder(path):
-    """FileNotFoundError where the file could not be saved, before hours of sampling."""
-    if path and not path.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"{path.absolute().parent} does not exist; "
-            "expected --save-stats in a folder that does; make it first"
-        )
-
-
 def gives_rows(side):
     """Whether a Side has, or will have, each image's features."""
     return side.batches is not None or side.features.pool is not None
@@ -361,12 +353,23 @@ def gives_rows(side):
 def open_network(args, sides, device):
     """The network that makes the features, as it made those in files; None where files hold all."""
     if not any(side.batches is not None for side in sides):
+        refuse_for_statistics(args)
         return None
     network = feature_network(args).to(device)
     for side in sides:
         if side.features:
             check_weights(side.features.weights, network.name)  # before hours of sampling
     return network
+
+
+def refuse_for_statistics(args):
+    """ValueError for what says how features are made, where files hold all features."""
+    asked = args.weights or args.dims != POOL or args.precision != "fp32"
+    if asked or any(neighbour.score_network(args) for neighbour in neighbours()):
+        raise ValueError(
+            "a network or its precision was given, and A and B hold statistics; "
+            "expected images on one side; leave --weights, --dims, --judge and --precision out"
+        )
 
 
 def feature_network(args):

@@ -40,7 +40,9 @@ class Rows(NamedTuple):
 
 
 class InceptionFeatures(inception.Inception3):
-    """1008 classes, four patched blocks; batch norms folded into the convolutions, channels last.
+    """FID's Inception: uint8 images -> Rows.
+
+    Four blocks are patched, batch norms are folded into the convolutions, channels are last.
 
     weights : None, pytorch-fid's published file, downloaded once; "random", fixed numbers; or a
               path to a file with pytorch-fid's keys, or to one with folded batch norms (a weight
@@ -257,8 +259,8 @@ def _random(shapes):
     state = {}
     for key, shape in shapes.items():
         ones = key.endswith(("bn.weight", "running_var"))
-        state[key] = torch.full(shape, float(ones))
-    for key, shape in shapes.items():
         if len(shape) > 1:
             state[key] = torch.randn(shape, generator=g) * (2 / shape[1:].numel()) ** 0.5
+        else:
+            state[key] = torch.full(shape, float(ones))
     return state

@@ -50,7 +50,7 @@ def objective(losses, lambdas, batch):
     L_theta = lambda_eps L_eps                                                  (Cas-DM Eq. 14)
     L_phi   = lambda_x0 L_x0 + lambda_mu L_mu + lambda_lpips L_lpips            (Cas-DM Eq. 15)
 
-    In Cas-DM the two share no parameter, so that their sum trains each network by its own.
+    In Cas-DM the two share no parameter: their sum trains each network by its own loss alone.
     returns : {term: scalar}, the mean over the batch times its lambda, and their sum, "loss"
     """
     terms = {}

@@ -119,12 +119,14 @@ def lpips():
 
 
 def resnet():
+    """ResNet-50's four stages (Cas-DM Table 3)."""
     stages = [f"layer{i}" for i in (1, 2, 3, 4)]
     weights = tv.ResNet50_Weights.IMAGENET1K_V1
     return FeatureDistance(_pretrained(_skeleton(tv.resnet50), stages, weights, "--metric resnet"))
 
 
 def inception():
+    """Inception v3's, as far as it has any (Cas-DM Table 3)."""
     net = _skeleton(tv.inception_v3, init_weights=False)
     stages = ["maxpool2", "Mixed_5d", "Mixed_6e", "Mixed_7c"]
     weights = tv.Inception_V3_Weights.IMAGENET1K_V1
@@ -133,6 +135,7 @@ def inception():
 
 
 def swin():
+    """Swin-T's four stages (Cas-DM Table 3)."""
     stages = [f"features.{i}" for i in (1, 3, 5, 7)]
     weights = tv.Swin_T_Weights.IMAGENET1K_V1
     return FeatureDistance(_pretrained(_skeleton(tv.swin_t), stages, weights, "--metric swin"))

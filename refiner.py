@@ -5,9 +5,9 @@ r"""phi, the network that refines x0* into x0', and the three models of figure 1
 
     DDPM            x_t -> [theta] -> eps' or x0'
     DualDiffusion   x_t -> [theta] -> x0', eps', r_t
-    CasDM           x_t -> [theta] -> eps' -> Eq. 8 -> x0* -|-> [phi] -> x0', r_t
+    CasDM           x_t -> [theta] -> eps' -> Cas-DM Eq. 8 -> x0* -|-> [phi] -> x0', r_t
 
-                                                            -|-  no gradient passes
+                                                                   -|-  no gradient passes
 
 Each is a function (x_t, t, y=None) -> Prediction(eps_hat, x0_hat, r_t), so that neither the losses
 nor the sampler ever ask which model they hold:
@@ -46,7 +46,7 @@ REFINER_INPUTS = {"x0": 3, "x0+eps": 6}  # name -> channels that phi sees
 class Model(nn.Module):
     """What the models share: their schedule, the time that networks see, and the labels.
 
-    num_classes : of the labels 0..K-1, or None
+    num_classes : how many labels there are, 0..K-1; None: the model has none
     """
 
     terms = ()  # the names of its losses, in their order

@@ -86,15 +86,17 @@ class Sampler:
     """Draws images of a model: image i from (seed, i), for any number and any batch of them.
 
     make_step : (noise, y) -> the step of `sample`; DDIM's with eta = 0 unless it is given
-    label     : the class of every image; None: image i has the label i mod `classes`
+    name      : the step's, for `described`
     """
 
-    def __init__(self, model, image_size, steps=100, seed=0, make_step=None):
+    def __init__(self, model, image_size, steps=100, seed=0, make_step=None, name="ddim"):
         self.model, self.shape, self.seed = model, (3, image_size, image_size), seed
         self.device = next(model.parameters()).device
         self.chain = respace(model.schedule, steps)
-        self.name, self.make_step = "ddim", make_step or (lambda noise, y: Ddim())
-        self.classes, self.label = model.num_classes, None
+        self.name = name
+        self.make_step = make_step or (lambda noise, y: Ddim())
+        self.classes = model.num_classes
+        self.label = None  # the class of every image; None: image i has the label i mod `classes`
 
     def __call__(self, first, n, watch=None):
         """Images first .. first + n - 1, [n, 3, S, S] in [-1, 1]; watch as in `sample`.
@@ -202,8 +204,8 @@ def open_sampler(args, model, settings):
     if name == settings.get("sampler", "ddim"):
         steps = settings.get("sample_steps", 100)
     steps = args.steps or min(T, steps)
-    sampler = Sampler(model, settings["image_size"], steps, args.seed)
-    sampler.name, sampler.make_step = name, samplers()[name](args, settings)
+    make_step = samplers()[name](args, settings)
+    sampler = Sampler(model, settings["image_size"], steps, args.seed, make_step, name)
     for neighbour in neighbours():
         neighbour.steer(args, sampler, settings)
     if args.label is not None and args.label >= (sampler.classes or 0):
@@ -316,7 +318,7 @@ def check_save(parser, args):
     for key, value in vars(args).items():
         known = key in ("checkpoint", "save_weights", "raw", "device")
         if not known and value != parser.get_default(key):
-            parser.error(f"--{key.replace('_', '-')} means nothing to --save-weights; leave it out")
+            parser.error(f"{cli.flag_of(key)} means nothing to --save-weights; leave it out")
 
 
 def sampler_flags(parser):

@@ -68,15 +68,15 @@ def main(argv=None):
             return 0
     elif parallel.rank() == 0:
         refuse_taken(folder)
-    images, metrics, network = parallel.first(lambda: load_inputs(settings))
+    images, metrics, inception = parallel.first(lambda: load_inputs(settings))
     if state:
         check_data(state, settings, images)
-    if network:
-        network.to(device)
+    if inception:
+        inception.to(device)
         # before the first step: it takes minutes, and can fail
-        reference_features(images, network)
+        reference_features(images, inception)
     with cli.Stop() as stop:
-        run = Run(settings, folder, device, images, metrics, stop, network, state)
+        run = Run(settings, folder, device, images, metrics, stop, inception, state)
         state = None  # as large as the run itself
         folder.mkdir(parents=True, exist_ok=True)
         run.introduce()

@@ -66,13 +66,14 @@ class UNet(nn.Module):
                 "which the U-Net can halve; change --image-size"
             )
         widths = [channels * m for m in LEVELS[image_size]]
-        emb = 4 * channels
         self.channels = channels
-        self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label_embed = nn.Embedding(num_classes, emb) if num_classes else None
+        emb_channels = 4 * channels
+        first, second = nn.Linear(channels, emb_channels), nn.Linear(emb_channels, emb_channels)
+        self.time_embed = nn.Sequential(first, nn.SiLU(), second)
+        self.label_embed = nn.Embedding(num_classes, emb_channels) if num_classes else None
 
         def block(c_in, c_out, size):
-            layers = [ResBlock(c_in, c_out, emb, dropout)]
+            layers = [ResBlock(c_in, c_out, emb_channels, dropout)]
             attends = size in ATTENTION_SIZES and size < image_size
             if attends and not fixed_resolution:
                 layers.append(Attention(c_out, heads))
@@ -99,7 +100,9 @@ class UNet(nn.Module):
                 skips.append(c)
 
         self.middle = Block(
-            ResBlock(c, c, emb, dropout), Attention(c, heads), ResBlock(c, c, emb, dropout)
+            ResBlock(c, c, emb_channels, dropout),
+            Attention(c, heads),
+            ResBlock(c, c, emb_channels, dropout),
         )
 
         self.output_blocks = nn.ModuleList()
@@ -157,11 +160,11 @@ class ResBlock(nn.Module):
     The second norm is AdaGN, GroupNorm(h) (1 + scale) + shift of the embedding    (ADM Sec. 3.1)
     """
 
-    def __init__(self, c_in, c_out, emb, dropout):
+    def __init__(self, c_in, c_out, emb_channels, dropout):
         super().__init__()
         self.norm1 = group_norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(emb, 2 * c_out)
+        self.emb = nn.Linear(emb_channels, 2 * c_out)
         self.norm2 = group_norm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
@@ -209,6 +212,7 @@ def timestep_embedding(t, dim):
 
 
 def group_norm(c):
+    """A norm of 32 groups; ValueError where they do not divide c channels."""
     if c % 32:
         raise ValueError(
             f"{c} channels; expected a multiple of 32, the groups of the U-Net's norms; "
@@ -218,6 +222,7 @@ def group_norm(c):
 
 
 def zero(module):
+    """The module, its parameters set to 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module

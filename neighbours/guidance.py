@@ -75,8 +75,12 @@ class GuidedEstimates:
     def __init__(self, step, gradient):
         self.step, self.gradient = step, gradient
 
+    def gradient_at(self, x_t, t, chain):
+        """The gradient g at step t of the chain."""
+        return self.gradient(x_t, chain.step[t.to(chain.step.device)])
+
     def __call__(self, x_t, t, estimates, chain):
-        g = self.gradient(x_t, chain.step[t.to(chain.step.device)])
+        g = self.gradient_at(x_t, t, chain)
         moved = estimates._replace(
             x0_star=guided_x0(estimates.x0_star, t, g, chain),
             x0_hat=guided_x0(estimates.x0_hat, t, g, chain),
@@ -88,7 +92,7 @@ class GuidedMean(GuidedEstimates):
     """A step of variance.Ancestral's kind, its mean moved by Sigma g           (ADM Alg. 1)"""
 
     def __call__(self, x_t, t, estimates, chain):
-        g = self.gradient(x_t, chain.step[t.to(chain.step.device)])
+        g = self.gradient_at(x_t, t, chain)
         mu, log_var = self.step.gaussian(x_t, t, estimates, chain)
         return self.step.draw(t, mu + log_var.exp() * g, log_var)
 
@@ -149,8 +153,9 @@ class Guidance(Neighbour):
             )
         for key in ("class_cond", "label_dropout", "self_perceptual"):
             if settings.get(key):
-                flag = f"--{key.replace('_', '-')}"
-                raise ValueError(f"{flag} means nothing to --model classifier; leave it out")
+                raise ValueError(
+                    f"{cli.flag_of(key)} means nothing to --model classifier; leave it out"
+                )
 
     def sampler_flags(self, parser):
         text = "guide by this classifier, which train.py --model classifier made"

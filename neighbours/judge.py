@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import from_pixels
 from inception import Rows
 from neighbours.plug import Neighbour
+from support.cli import one_line
 from support.files import atomic, read_tensors
 
 KIND = "cas-dm judge"
@@ -63,7 +65,7 @@ class Judge(nn.Module):
                 "expected its own size; train one by --image-size"
             )
         weight = self.head.weight
-        x = images.to(weight.device, torch.float32) / 127.5 - 1
+        x = from_pixels(images.permute(0, 2, 3, 1).to(weight.device))
         return Rows(self.features(x.to(weight.dtype)).float())
 
     def precision(self):
@@ -110,15 +112,16 @@ def load_judge(path):
             f"{path} holds no judge; expected what `python -m experiments.judge` wrote; "
             "check the path"
         )
+    reason = None
     try:
         judge = Judge(state["settings"])
         judge.load_state_dict(state["weights"])
-        finite = all(p.isfinite().all() for p in judge.parameters())
     except Exception as e:  # settings or tensors of any wrong kind: it is ours only by its label
-        finite, reason = False, " ".join(str(e).split())[:160]
+        reason = one_line(e)[:160]
     else:
-        reason = "weights that are not finite"
-    if not finite:
+        if not all(p.isfinite().all() for p in judge.parameters()):
+            reason = "weights that are not finite"
+    if reason:
         raise ValueError(
             f"{path} does not fit its settings ({reason}); expected what "
             "`python -m experiments.judge` wrote; train it again"

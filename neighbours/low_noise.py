@@ -1,6 +1,6 @@
 r"""Metrics at low noise alone: they act on images with t up to a share of T.
 
-    PixelGen   arXiv:2602.02493     pMF   arXiv:2601.22158
+    Cas-DM   arXiv:2401.02414v1     PixelGen   arXiv:2602.02493     pMF   arXiv:2601.22158
 
     python train.py --metric squeezenet=0.1 --metric-until 0.5
 
@@ -36,7 +36,7 @@ class LowNoise(nn.Module):
 
 
 def those(parts, rows):
-    """A Prediction or Batch of those rows: of its tensors, while a number or None stays itself."""
+    """The same Prediction or Batch with those rows of its tensors; a number or None stays."""
     chosen = [part[rows] if isinstance(part, torch.Tensor) else part for part in parts]
     return type(parts)(*chosen)
 

@@ -1,6 +1,7 @@
 r"""The self-perceptual objective: a frozen diffusion model as the metric.
 
-SP   arXiv:2401.00110   Diffusion Model with Perceptual Loss
+SP       arXiv:2401.00110   Diffusion Model with Perceptual Loss
+Cas-DM   arXiv:2401.02414v1   Bring Metric Functions into Diffusion Models
 
 python train.py --self-perceptual CHECKPOINT=1                a metric on x0' of Cas-DM or Dual
 python train.py --model ddpm --self-perceptual CHECKPOINT=1   a DDPM's whole objective
@@ -30,8 +31,8 @@ class SelfPerceptual(nn.Module):
     CHOICE: as a DDPM's whole objective eps^ is its own eps'; beside other losses x0' carries the
     noise of x0, so that it is a metric on x0' alone.
 
-    0 for x0' = x0 with eps^ = eps, and at t' = t where x_t holds both pairs.  The frozen model is
-    ours, trained by mean squared error; its theta gives f.
+    It is 0 where x0' = x0 and eps^ = eps, and also at t' = t where both pairs give x_t.  The
+    frozen model is ours, trained by mean squared error; its theta gives f.
     """
 
     def __init__(self, frozen, own_noise=False):
@@ -92,6 +93,13 @@ class Perceptual(Neighbour):
         text = "a frozen model of ours as a metric, or as DDPM's whole objective, and its lambda"
         flag("self-perceptual", text, type=checkpoint_and_lambda, metavar="CKPT=W")
 
+    def check(self, settings):
+        if self.model(settings) and settings["metric"]:
+            raise ValueError(
+                f"--metric {', '.join(settings['metric'])}: --self-perceptual is a DDPM's whole "
+                "objective; expected no metric beside it; leave one of them out"
+            )
+
     def model(self, settings):
         if settings["self_perceptual"] and settings["model"] == "ddpm":
             return self.alone.get(settings["predict"])
@@ -146,7 +154,7 @@ def start_from(model, other):
         try:
             model.load_state_dict(other.state_dict())
         except RuntimeError as e:
-            reason = " ".join(str(e).split())[:160]
+            reason = cli.one_line(e)[:160]
     if reason:
         raise ValueError(
             f"--self-perceptual: its model differs from the one to be trained ({reason}); "

@@ -4,14 +4,14 @@
 class Neighbour:
     """Each method's default changes nothing; a neighbour overrides those that it needs.
 
-    s : a run's settings, {key: value}
-    a : parsed arguments, of sample.py or fid.py, or sample.sampler_defaults'.  All have the flags
-        of `sampler_flags`; no other flag is certain.
+    settings : a run's, {key: value}
+    args     : parsed arguments, of sample.py or fid.py, or sample.sampler_defaults'.  All have the
+               flags of `sampler_flags`; no other flag is certain.
     """
 
     settings = {}  # keys of its flags in training, and their values without the flags
     models = {}  # --model's name -> class
-    samplers = {}  # --sampler's name -> (a, settings of the model) -> (noise, y) -> step
+    samplers = {}  # --sampler's name -> (args, settings of the model) -> (noise, y) -> step
 
     # ---- train.py ----
 
@@ -41,10 +41,11 @@ class Neighbour:
         return metric
 
     def draws(self, settings):
-        """What a step draws beside t and eps: objects with `draw(rng, n) -> {field of Batch: [n]}`.
+        """What a step draws beside t and eps, or in their place -> a list of objects.
 
-        They may have `note(t, losses)`, which gets a step's t [n] and {term: [n]}, and then a
-        `name`, their key in the checkpoint, `state_dict` and `load_state_dict`.
+        Each has `draw(rng, n) -> {field of Batch: [n]}`.  It may have `note(t, losses)`, which gets
+        a step's t [n] and {term: [n]}.  Then it also has a `name`, its key in the checkpoint,
+        `state_dict` and `load_state_dict`.
         """
         return []
 

@@ -37,9 +37,10 @@ def open_published(path, schedule, T):
     # the first tensor is the time embedding's, [4 channels, channels]
     channels = shapes[0][-1] if shapes and len(shapes[0]) == 2 else 0
     settings["channels"] = channels
+    sizes = SPACE if channels else []
     learned = bool(shapes) and shapes[-1][:1] == (6,)  # eps and v
     settings |= {"learn_sigma": learned, "objective": "hybrid" if learned else "simple"}
-    for image_size, res_blocks in SPACE if channels else ():
+    for image_size, res_blocks in sizes:
         settings |= {"image_size": image_size, "res_blocks": res_blocks}
         if own_shapes(settings) == shapes:
             model = build(settings)
@@ -50,7 +51,9 @@ def open_published(path, schedule, T):
                     "the file was trained with; use more steps or cosine"
                 )
             if not all(p.isfinite().all() for p in model.parameters()):
-                raise ValueError(f"{path} holds weights that are not finite; expected numbers")
+                raise ValueError(
+                    f"{path} holds weights that are not finite; expected numbers; get it again"
+                )
             return model, DEFAULTS | settings
     raise ValueError(
         f"{path} holds {len(shapes)} tensors that fit no U-Net of ours; expected "
@@ -149,6 +152,10 @@ class Published(Neighbour):
     def sampler_flags(self, parser):
         text = "the file is improved-diffusion's, trained with this schedule and so many steps"
         parser.add_argument("--published", type=schedule_and_T, metavar="SCHEDULE:T", help=text)
+
+    def check_sampler(self, parser, args):
+        if args.published and args.raw:
+            parser.error("--raw: a published file holds one set of weights; leave it out")
 
     def open(self, args, path):
         if args.published:

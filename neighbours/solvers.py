@@ -75,7 +75,7 @@ def linspace(schedule, n):
 
 
 def quadratic(schedule, n):
-    """c i^2, dense near x0, up to T                                            (DDIM App. D.2)
+    """1 + c i^2, dense near x0, to T                                           (DDIM App. D.2)
 
     DDIM's code ends at 0.8 T, where the cosine schedule is far from noise: abar is 0.094.
     """

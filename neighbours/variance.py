@@ -98,6 +98,7 @@ class Ancestral:
         return mix(mu_x0, mu_eps, r_t), log_variance(t, chain, self.kind, x_t, v)
 
     def draw(self, t, mu, log_var):
+        """x_{t-1} of that Gaussian; at t = 1 its mean."""
         z = self.noise() if (t > 1).any() else 0  # a rank's last batch may be empty
         return p_sample(mu, (log_var / 2).exp(), z)
 
@@ -139,8 +140,8 @@ def discretised_log_likelihood(x, mu, log_sigma):
     """log of the mass of N(mu, sigma^2) on [x - 1/255, x + 1/255], an 8-bit level's bin.
 
     DDPM Eq. 13.  The bins of 0 and 255 reach to infinity.  Mass and tails come from erfc on the
-    side away from the mean, so that a far bin is not lost to rounding; below 1e-12 it counts as
-    that.
+    side away from the mean, so that a far bin is not lost to rounding.  A mass below 1e-12 counts
+    as 1e-12.
     """
 
     def edge(offset):

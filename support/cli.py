@@ -37,6 +37,16 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def is_unset(value):
+    """Whether a setting says nothing: None, False or empty.  0 says something."""
+    return value is None or value is False or value in ({}, [])
+
+
+def flag_of(key):
+    """A setting's flag: --metric-size of metric_size."""
+    return f"--{key.replace('_', '-')}"
+
+
 def whole(low, high=None):
     """An argparse type: an integer in low..high."""
 

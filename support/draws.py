@@ -20,32 +20,33 @@ class StepDraws:
 
     def __init__(self, settings, pixels, labels, extras):
         self.settings, self.labels, self.extras = settings, labels, extras
-        self.images, self.shape = len(pixels), (3, *pixels.shape[1:3])
+        self.n_images, self.shape = len(pixels), (3, *pixels.shape[1:3])
 
     def __call__(self, steps):
-        """For each step (which images [n], {field of losses.Batch: [n, ...]}, dropout's seed).
+        """For each step (indices of images [n], {field of losses.Batch: [n, ...]}, dropout's seed).
 
         t and eps are drawn during the step before; the rest may depend on what that step found.
         """
-        for rng, image, drawn, dropout in ahead(map(self.begin, steps)):
+        for rng, indices, drawn, dropout_seed in ahead(map(self.begin, steps)):
             if self.settings["num_classes"]:
-                drawn["y"] = self.draw_labels(rng, image)
+                drawn["y"] = self.draw_labels(rng, indices)
             for extra in self.extras:
-                drawn |= extra.draw(rng, len(image))
-            yield image, drawn, dropout
+                drawn |= extra.draw(rng, len(indices))
+            yield indices, drawn, dropout_seed
 
     def begin(self, step):
+        """What a step draws whatever the steps before it found."""
         settings, n = self.settings, self.settings["batch_size"]
         rng = stream(settings["seed"], "step", step)
-        image = batch_indices(self.images, n, step, settings["seed"])
+        indices = batch_indices(self.n_images, n, step, settings["seed"])
         t = rng.integers(1, settings["T"] + 1, n)
         eps = rng.standard_normal((n, *self.shape), dtype="float32")
-        return rng, image, {"t": t, "eps": eps}, int(rng.integers(2**31))
+        return rng, indices, {"t": t, "eps": eps}, int(rng.integers(2**31))
 
-    def draw_labels(self, rng, image):
-        # K, which stands for no label, where --label-dropout says so
-        dropped = rng.random(len(image)) < self.settings["label_dropout"]
-        return np.where(dropped, self.settings["num_classes"], self.labels[image])
+    def draw_labels(self, rng, indices):
+        """The images' labels [n]; K, which stands for none, where --label-dropout says so."""
+        dropped = rng.random(len(indices)) < self.settings["label_dropout"]
+        return np.where(dropped, self.settings["num_classes"], self.labels[indices])
 
 
 def ahead(items):
@@ -62,8 +63,9 @@ def ahead(items):
 
 
 class Noise:
-    """N(0, I) for a batch of images, image k from the stream of indices[k]; called, the next draw.
+    """N(0, I) for a batch of images, image k from the stream of indices[k].
 
+    Each call is the next draw.
     shape : (C, H, W)          returns [N, C, H, W] float32, the same on every device
     """
 

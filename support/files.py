@@ -139,20 +139,17 @@ def read_tensors(path, what="torch file"):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as records:
-                if (
-                    any(r.compress_type != zipfile.ZIP_STORED for r in records.infolist())
-                    or records.testzip()
-                ):
-                    raise ValueError("its checksum is wrong")
+                # torch never compresses: another type is a flipped bit
+                packed = any(r.compress_type != zipfile.ZIP_STORED for r in records.infolist())
+                if packed or records.testzip():
+                    raise ValueError("its records are damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a bad file can fail anywhere inside zipfile, pickle and torch
         if isinstance(e, OSError) and e.filename is not None:
             raise
-        reason = (
-            "it holds more than tensors and plain values"
-            if "weights_only" in str(e) or "Unsupported" in str(e)
-            else one_line(e)[:120] or type(e).__name__
-        )
+        reason = one_line(e)[:120] or type(e).__name__
+        if "weights_only" in str(e) or "Unsupported" in str(e):
+            reason = "it holds more than tensors and plain values"
         raise ValueError(
             f"{path} cannot be read as a {what} ({reason}); "
             "expected a whole file that torch.save wrote; get or make it again"
@@ -164,10 +161,8 @@ def read_npz(path, names):
 
     ValueError, one line, for a damaged file or pickled objects.
     """
-    with (
-        readable_npz(path := existing(path, ".npz file")),
-        np.load(path, allow_pickle=False) as arrays,
-    ):
+    path = existing(path, ".npz file")
+    with readable_npz(path), np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in names if name in arrays}
 
 
@@ -177,9 +172,8 @@ def readable_npz(path):
     try:
         yield
     except Exception as e:  # as above: numpy, zipfile and zlib all speak here
-        if (
-            isinstance(e, OSError) and e.filename
-        ):  # without a name it is a damaged offset's "Invalid argument"
+        # an OSError without a file's name is a damaged offset's "Invalid argument"
+        if isinstance(e, OSError) and e.filename:
             raise
         raise ValueError(
             f"{path} cannot be read as an .npz file ({one_line(e)[:120] or type(e).__name__}); "

@@ -24,7 +24,7 @@ class Guard:
         self.sums = torch.zeros(len(terms), device=device)  # and since the log's last row
         self.finite = torch.ones(len(terms) + 1, dtype=torch.bool, device=device)
         self.applied = torch.zeros((), dtype=torch.int64, device=device)  # steps
-        self.asked = torch.zeros((), device=device)  # how often a rank was asked to stop
+        self.asked = torch.zeros((), device=device)  # above 0 once a rank was asked to stop
         optimizer.register_step_pre_hook(self.before_step)
 
     def note(self, terms, parts):

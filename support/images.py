@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.cli import progress
+from support.cli import one_line, progress
 from support.files import atomic, read_npz, readable_npz
 
 FOLDER_SIZE = 64  # CHOICE: the paper's size beside CIFAR-10's 32
@@ -99,11 +99,8 @@ def fit(image, size):
             f"{image.width} x {image.height} pixels are too thin to be cropped to a square"
         )
     left, top = (width - size) // 2, (height - size) // 2
-    return np.array(
-        image.resize((width, height), Image.Resampling.BICUBIC).crop(
-            (left, top, left + size, top + size)
-        )
-    )
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def _rgb(image):
@@ -116,14 +113,12 @@ def _rgb(image):
         deep = np.asarray(image).astype(np.int64)
         if deep.min() < 0 or deep.max() > 65535:
             raise ValueError("its pixels need more than 16 bits")
-        image = Image.fromarray(
-            ((deep + 128) // 257).astype(np.uint8)
-        )  # 0..65535 -> 0..255, to the nearest
+        levels = (deep + 128) // 257  # 0..65535 -> 0..255, to the nearest
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(
-            Image.new("RGBA", image.size, "white"), image
-        )  # CHOICE: on white
+        ground = Image.new("RGBA", image.size, "white")  # CHOICE: on white
+        image = Image.alpha_composite(ground, image)
     return image.convert("RGB")
 
 
@@ -142,9 +137,8 @@ class _Folder:
 
     def __iter__(self):
         self.bad = []
-        ahead = 2 * (
-            os.cpu_count() or 1
-        )  # Pillow decodes outside the interpreter's lock, so threads are enough
+        ahead = 2 * (os.cpu_count() or 1)
+        # Pillow decodes outside the interpreter's lock, so threads are enough
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(self.files), ahead):
                 with warnings.catch_warnings():
@@ -159,9 +153,8 @@ class _Folder:
 
     def _decode(self, file):
         try:
-            with Image.open(
-                self.root / file, formats=[f for f in FORMATS if f in Image.OPEN]
-            ) as image:
+            formats = [f for f in FORMATS if f in Image.OPEN]
+            with Image.open(self.root / file, formats=formats) as image:
                 image = _rgb(image)
                 return np.array(image) if self.size is None else fit(image, self.size)
         except Exception as e:  # a bad file can fail anywhere inside Pillow, and with any exception
@@ -169,7 +162,7 @@ class _Folder:
 
     def _refuse(self, i, reason):
         if not self.skip_bad:
-            reason = " ".join(str(reason).split())[:200] or type(reason).__name__
+            reason = one_line(reason)[:200] or type(reason).__name__
             raise ValueError(
                 f"{self.root / self.files[i]} cannot be read ({reason}); expected a whole image; "
                 "use --skip-bad to leave such files out"
@@ -191,8 +184,8 @@ def _open_folder(root, skip_bad):
     files = []
     for file in _image_files(root):
         try:
-            s = os.stat(root / file)
-            regular, size, time = stat.S_ISREG(s.st_mode), s.st_size, s.st_mtime_ns
+            found = os.stat(root / file)
+            regular, size, time = stat.S_ISREG(found.st_mode), found.st_size, found.st_mtime_ns
         except OSError:  # a link to nowhere: decoding names it
             regular, size, time = True, 0, 0
         if regular:  # a pipe with a picture's name would never end
@@ -284,17 +277,17 @@ def _open_npz(path):
             f"{path} holds {', '.join(list(members)[:5]) or 'nothing'}; "
             "expected arr_0, uint8 [N, H, W, 3]; write it with numpy.savez(path, images)"
         )
+    order = " in Fortran order" if fortran_order else ""
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or 0 in shape:
         raise ValueError(
-            f"{path} holds arr_0 {dtype} {list(shape)}{' in Fortran order' * fortran_order}; "
+            f"{path} holds arr_0 {dtype} {list(shape)}{order}; "
             "expected uint8 [N, H, W, 3] of 0..255, N >= 1; "
             "convert it and write it with numpy.savez(path, images)"
         )
-    frames = (
-        _mapped(path, info, header, shape)
-        if info.compress_type == zipfile.ZIP_STORED
-        else _Packed(path, shape, header)
-    )
+    if info.compress_type == zipfile.ZIP_STORED:
+        frames = _mapped(path, info, header, shape)
+    else:
+        frames = _Packed(path, shape, header)
     content = [
         (members[name].CRC, members[name].file_size)
         for name in ("arr_0.npy", "arr_1.npy")
@@ -310,12 +303,10 @@ def _mapped(path, info, header, shape):
     with readable_npz(path):
         with open(path, "rb") as f:
             f.seek(info.header_offset)
-            name, extra = struct.unpack(
-                "<26x2H", f.read(30)
-            )  # zip's local header: 30 bytes, name, extra field
-        member = np.memmap(
-            path, np.uint8, "r", info.header_offset + 30 + name + extra, (info.file_size,)
-        )
+            # zip's local header: 30 bytes, name, extra field
+            name, extra = struct.unpack("<26x2H", f.read(30))
+        begin = info.header_offset + 30 + name + extra
+        member = np.memmap(path, np.uint8, "r", begin, (info.file_size,))
         if info.file_size <= 2**30 and zlib.crc32(member) != info.CRC:
             raise zipfile.BadZipFile("its checksum is wrong")
         return member[header:].reshape(shape)

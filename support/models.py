@@ -2,19 +2,20 @@
 
 from refiner import DEFAULTS, model_class
 from support.checkpoint import read_checkpoint
+from support.cli import flag_of, one_line
 from unet import UNet
 
 WEIGHTS = {"ema": "the moving average", "model": "the trained weights"}  # of a checkpoint
 
 
 def neighbours():
-    """The table of neighbours, imported when it is asked for: they load models themselves."""
+    """The table of neighbours.  It is imported here and not above: neighbours import this file."""
     from neighbours import NEIGHBOURS
 
     return NEIGHBOURS
 
 
-def kind(settings):
+def class_of(settings):
     """The class of the model that the settings describe: a neighbour's, or one of figure 1's."""
     for neighbour in neighbours():
         found = neighbour.model(neighbour.settings | settings)
@@ -26,7 +27,7 @@ def kind(settings):
 def build(settings):
     """The model that `settings` describe; absent keys take the defaults."""
     settings = DEFAULTS | settings
-    return kind(settings)(settings)
+    return class_of(settings)(settings)
 
 
 def load_model(path, device="cpu", raw=False, classifier=False):
@@ -49,9 +50,9 @@ def load_model(path, device="cpu", raw=False, classifier=False):
         model = build(state["settings"])
         model.load_state_dict(state[part])
     except Exception as e:  # settings or tensors of any wrong kind: it is ours only by its label
-        reason = " ".join(str(e).split())[:160]
         raise ValueError(
-            f"{path}: its tensors do not fit its settings ({reason}); expected what train.py wrote"
+            f"{path}: its tensors do not fit its settings ({one_line(e)[:160]}); "
+            "expected what train.py wrote; use another checkpoint"
         ) from None
     if classifier is not None and model.makes_images == classifier:
         kinds = ("classifier", "model of images")
@@ -75,7 +76,7 @@ def check_same_noise(path, theirs, settings):
         if settings[key] not in (None, theirs[key]):
             raise ValueError(
                 f"{path} has {key} {theirs[key]} where the other model has {settings[key]}; "
-                f"expected the same noisy images; train with the same --{key.replace('_', '-')}"
+                f"expected the same noisy images; train with the same {flag_of(key)}"
             )
 
 

@@ -32,7 +32,10 @@ def processes():
 
 
 def begin(device):
-    """Joins the group, if torchrun started this process; returns this rank's own device."""
+    """Joins the group, if torchrun started this process; returns this rank's own device.
+
+    From here on the first rank alone prints.
+    """
     global _patient
     if processes() == 1 or dist.is_initialized():
         return device
@@ -47,10 +50,12 @@ def begin(device):
 
 
 def rank():
+    """This process's number; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size():
+    """How many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -22,21 +22,6 @@ from torchvision.utils import make_grid
 from support.files import atomic, partial_of
 
 
-def pyplot():
-    """matplotlib's, for files alone: a notebook's own backend may not be there."""
-    os.environ["MPLBACKEND"] = "agg"
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def save_figure(figure, path, dpi):
-    """Writes a figure as a PNG, whole or not at all, and forgets it."""
-    with atomic(path) as f:
-        figure.savefig(f, format="png", dpi=dpi, bbox_inches="tight")
-    pyplot().close(figure)
-
-
 def save_grid(pixels, path, classes=None):
     """uint8 [N, H, W, 3] as one PNG, row by row, near square.
 
@@ -104,12 +89,28 @@ def draw_curves(rows, path):
         panels.append((scores, "score", "o"))
     size = (8 * len(panels), 4.5)
     figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False)
-    for axis, (rows, label, marker) in zip(axes[0], panels, strict=True):
+    for axis, (drawn, label, marker) in zip(axes[0], panels, strict=True):
         axis.set(xlabel="step", ylabel=label)
-        for name in rows[0] if rows else ():
+        if not drawn:
+            continue
+        for name in drawn[0]:
             if name not in ("step", "n", "sampler", "sample_steps", "images_per_second"):
-                points = [(row["step"], row[name]) for row in rows if name in row]
+                points = [(row["step"], row[name]) for row in drawn if name in row]
                 axis.semilogy(*zip(*points, strict=True), label=name, marker=marker)
-        if rows:
-            axis.legend()
+        axis.legend()
     save_figure(figure, path, 120)
+
+
+def pyplot():
+    """matplotlib.pyplot, for files alone: a notebook's own backend may be missing."""
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save_figure(figure, path, dpi):
+    """Writes a figure as a PNG, whole or not at all, and forgets it."""
+    with atomic(path) as f:
+        figure.savefig(f, format="png", dpi=dpi, bbox_inches="tight")
+    pyplot().close(figure)

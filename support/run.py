@@ -5,8 +5,7 @@ r"""One training run: what the loop of train.py changes, and the folder that it 
     best.pt             the checkpoint of the best evaluation
     curves.png, samples_STEP.png
 
-Nothing here waits for a GPU but what the log, a checkpoint, a picture or the importance of the next
-t needs.
+Only the log, checkpoints, pictures and importance sampling wait for the GPU.
 """
 
 import collections
@@ -36,16 +35,17 @@ GRID = 64  # images in samples_STEP.png
 
 
 class Run:
-    """What training changes, and the folder: all of it but the pictures is in checkpoint.pt.
+    """What training changes, all of which is in checkpoint.pt, and the run's folder.
 
-    metrics : {name: (lambda, (pred, batch) -> [B])}       network : FID's, if the run evaluates
-    state   : the checkpoint to go on from; None: a new run
+    metrics   : {name: (lambda, (pred, batch) -> [B])}
+    inception : FID's network, if the run evaluates
+    state     : the checkpoint to go on from; None: a new run
     """
 
-    def __init__(self, settings, folder, device, images, metrics, stop, network=None, state=None):
+    def __init__(self, settings, folder, device, images, metrics, stop, inception=None, state=None):
         self.settings = settings
         self.folder, self.device, self.images, self.stop = folder, device, images, stop
-        self.network = network
+        self.inception = inception
         if device.type == "cpu":
             cli.keep_memory()
         lambdas = {name: settings[f"lambda_{name}"] for name in LAMBDAS}
@@ -86,7 +86,7 @@ class Run:
     # ---- what the loop of train.py calls, in its order ----
 
     def goes_on(self):
-        """Whether another step is due.
+        """Whether another step is due.  The first call starts the progress bar and the clock.
 
         Several ranks leave after the same step: they look for a stop when the log has a row.
         """
@@ -104,9 +104,9 @@ class Run:
 
         In as many parts as --accumulate says; the gradient is exchanged in the last of them.
         """
-        image, self.drawn, dropout = next(self.draws)
-        torch.manual_seed(dropout + parallel.rank())
-        n, parts = len(image), self.settings["accumulate"]
+        indices, self.drawn, dropout_seed = next(self.draws)
+        torch.manual_seed(dropout_seed + parallel.rank())
+        n, parts = len(indices), self.settings["accumulate"]
         if self.noting:
             terms = self.raw_model.terms
             self.noted = {term: torch.zeros(n, device=self.device) for term in terms}
@@ -115,7 +115,7 @@ class Run:
             self.mine = slice(first, None, stride)
             self.model.require_backward_grad_sync = part == parts - 1
             rest = {name: self.put(values[self.mine]) for name, values in self.drawn.items()}
-            x0 = from_pixels(self.put(self.images.pixels[image[self.mine]]))
+            x0 = from_pixels(self.put(self.images.pixels[indices[self.mine]]))
             yield x0, rest.pop("t"), rest.pop("eps"), rest
 
     def put(self, array):
@@ -156,20 +156,20 @@ class Run:
             for extra in self.noting:
                 extra.note(self.drawn["t"], noted)
         settings = self.settings
-        row = self.step % LOG_EVERY == 0
+        row_due = self.step % LOG_EVERY == 0
         pictures_due = due(settings, "sample_every", self.step)
         pictures_due = pictures_due or evaluation_due(settings, self.step)
         last = self.step == settings["iterations"]
-        save = pictures_due or last or due(settings, "save_every", self.step)
-        if row or save or self.device.type == "cpu":
+        save_due = pictures_due or last or due(settings, "save_every", self.step)
+        if row_due or save_due or self.device.type == "cpu":
             self.guard.check()
-        if row:
+        if row_due:
             self.bar.set_postfix(loss=f"{self.log():.4f}")
-        if save:
+        if save_due:
             self.save()
         if pictures_due:
             self.show()
-        if save or pictures_due:
+        if save_due:
             self.start_clock()
 
     def finish(self):
@@ -204,6 +204,7 @@ class Run:
         return row["loss"]
 
     def write(self, row):
+        """Appends a row to log.jsonl; rank 0 alone does."""
         if parallel.rank():
             return
         with open(self.folder / "log.jsonl", "a") as f:
@@ -238,10 +239,10 @@ class Run:
                 extra.load_state_dict(state[extra.name])
             self.step = self.saved = state["step"]
         except Exception as e:  # tensors of any wrong kind
-            reason = " ".join(str(e).split())[:160]
             raise ValueError(
-                f"{self.folder / 'checkpoint.pt'} does not fit its settings ({reason}); "
-                "expected what train.py wrote"
+                f"{self.folder / 'checkpoint.pt'} does not fit its settings "
+                f"({cli.one_line(e)[:160]}); expected what train.py wrote; "
+                "go on from another copy of it, or start another run"
             ) from None
         log = self.folder / "log.jsonl"
         if log.exists() and parallel.rank() == 0:
@@ -292,10 +293,10 @@ class Run:
         """
         n = self.settings["eval_samples"]
         kind = {"n": n} | {key: self.settings[key] for key in ("sampler", "sample_steps")}
-        reference = reference_features(self.images, self.network)
-        found = fid.compare(features_of(self.samples(n), self.network, n), reference)
+        reference = reference_features(self.images, self.inception)
+        found = fid.compare(features_of(self.samples(n), self.inception, n), reference)
         rows = [row for row in pictures.read_log(self.folder) if BEST_BY in row]
-        rivals = [row for row in rows if is_of(kind, row)]
+        rivals = [row for row in rows if same_kind(row, kind)]
         if all(found[BEST_BY] < row[BEST_BY] for row in rivals):
             self.save("best.pt")
         scores = {key: value for key, value in found.items() if key not in ("n_a", "n_b")}
@@ -308,8 +309,7 @@ class Run:
     def introduce(self):
         """The first lines: every setting, the sizes, and where the run is written."""
         settings = self.settings
-        shown = [f"{key} {v}" for key, v in settings.items() if v not in (None, {}, [], False)]
-        print(", ".join(shown))
+        print(", ".join(f"{key} {v}" for key, v in settings.items() if not cli.is_unset(v)))
         print(
             f"{sum(p.numel() for p in self.weights):,} parameters on {self.device}; "
             f"{len(self.images.pixels):,} images of {self.images.name}; "
@@ -344,18 +344,19 @@ class Run:
         return 0
 
 
-def is_of(kind, row):
+def same_kind(row, kind):
     """Whether a row of the log is of that kind; what an older row does not say counts as equal."""
     return all(row.get(key, value) == value for key, value in kind.items())
 
 
 def due(settings, every, step):
-    """Whether what happens every `every` steps does now; 0: never; the last step always counts."""
-    return (
-        bool(settings[every])
-        and step > 0
-        and (step % settings[every] == 0 or step == settings["iterations"])
-    )
+    """Whether the work that settings[every] repeats is due at this step.
+
+    0: never.  The last step always counts.
+    """
+    if not settings[every] or step == 0:
+        return False
+    return step % settings[every] == 0 or step == settings["iterations"]
 
 
 def evaluation_due(settings, step):
@@ -372,6 +373,7 @@ def pending(settings, folder, step):
 
 
 def grid_path(folder, step):
+    """Where the grid of samples at this step is."""
     return folder / f"samples_{step:06d}.png"
 
 

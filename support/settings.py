@@ -17,7 +17,7 @@ from refiner import DEFAULTS, MODELS, PREDICTIONS, REFINER_INPUTS, REFINERS
 from sample import samplers
 from support import cli, parallel
 from support.checkpoint import read_checkpoint
-from support.models import build, kind, neighbours
+from support.models import build, class_of, neighbours
 
 # The paper's settings (Cas-DM Sec. 4.1), and what differs on `shapes`, where a run takes minutes.
 PAPER = DEFAULTS | {
@@ -54,7 +54,7 @@ SHAPES = {
     "sample_every": 600,
     "save_every": 600,
 }
-# What --resume may change; `moved` knows more.
+# What --resume may change.  `moved` allows two more, which are places.
 FREE = (
     "iterations",
     "accumulate",
@@ -70,7 +70,7 @@ FREE = (
 
 
 def defaults():
-    """Every setting without a flag: the paper's and the neighbours'."""
+    """Every setting as it is where no flag is given: the paper's and the neighbours'."""
     found = dict(PAPER)
     for neighbour in neighbours():
         found |= neighbour.settings
@@ -78,7 +78,10 @@ def defaults():
 
 
 def parse_args(doc, argv):
-    """(settings, arguments): what was typed over the defaults, and alone in arguments.typed."""
+    """(settings, args): the defaults with what was typed over them, and what argparse found.
+
+    args.typed holds the settings that were typed, alone.
+    """
     parser = cli.Parser(doc)
     every = defaults()
 
@@ -86,9 +89,9 @@ def parse_args(doc, argv):
         def flag(name, text, **how):
             key = name.replace("-", "_")
             default = every.get(key)
-            if default not in (None, {}, [], False):
-                text += f" (default: {default}"
-                text += f"; on shapes {SHAPES[key]})" if key in SHAPES else ")"
+            if not cli.is_unset(default):
+                shown = f"{default}; on shapes {SHAPES[key]}" if key in SHAPES else default
+                text += f" (default: {shown})"
             group.add_argument(f"--{name}", help=text, **how)
 
         return flag
@@ -217,12 +220,19 @@ def check(settings, typed):
         neighbour.check(settings)
     with torch.device("meta"):
         model = build(settings | {"image_size": settings["image_size"] or DEFAULTS["image_size"]})
-    foreign = {key for kind in (*MODELS.values(), *PREDICTIONS.values()) for key in kind.options}
-    foreign |= {f"lambda_{term}" for term in LAMBDAS}
+    foreign = {f"lambda_{term}" for term in LAMBDAS}
+    for of_figure_1 in (*MODELS.values(), *PREDICTIONS.values()):
+        foreign.update(of_figure_1.options)
     known = {*model.options, *(f"lambda_{term}" for term in model.terms)}
     for key in sorted((foreign - known) & set(typed)):
-        flag = f"--{key.replace('_', '-')}"
-        raise ValueError(f"{flag} means nothing to --model {settings['model']}; leave it out")
+        raise ValueError(
+            f"{cli.flag_of(key)} means nothing to --model {settings['model']}; leave it out"
+        )
+    if "data_dir" in typed and settings["data"] not in DATASETS:
+        raise ValueError(
+            f"--data-dir {typed['data_dir']} is for a set's name, and --data is "
+            f"{settings['data']}; expected one of them; leave --data-dir out"
+        )
     processes = parallel.processes()
     if settings["batch_size"] % (processes * settings["accumulate"]):
         raise ValueError(
@@ -292,7 +302,7 @@ def reopen(folder, typed):
     for key, value in typed.items():
         if key not in FREE and value != kept[key] and not moved(key, kept[key], value):
             raise ValueError(
-                f"--{key.replace('_', '-')} {value}: the run in {folder} has {kept[key]}; "
+                f"{cli.flag_of(key)} {value}: the run in {folder} has {kept[key]}; "
                 "expected the same; leave it out, or start another run"
             )
     state["settings"] = kept | typed
@@ -344,7 +354,7 @@ def refuse_taken(folder):
 
 
 def load_inputs(settings):
-    """(images, {name: (lambda, metric)}, FID's network or None).
+    """(images, {name: (lambda, metric)}, FID's Inception or None).
 
     The images' size and number of classes are written into `settings`.
     OSError that names everything that is missing, not only the first.
@@ -357,26 +367,35 @@ def load_inputs(settings):
         except OSError as e:
             missing.append(str(e))
 
-    where = [settings[key] for key in ("data", "image_size", "data_dir", "skip_bad")]
-    images = attempt(load_images, *where)
+    which = [settings[key] for key in ("data", "image_size", "data_dir", "skip_bad")]
+    images = attempt(load_images, *which)
     if images:
         settings |= {"image_size": images.pixels.shape[1], "num_classes": classes(settings, images)}
     asked = settings["metric"].items()
     metrics = {name: (weight, attempt(METRICS[name])) for name, weight in asked}
-    others = [attempt(neighbour.metrics, settings) for neighbour in neighbours() if images]
+    of_neighbours = [attempt(neighbour.metrics, settings) for neighbour in neighbours() if images]
     evaluates = settings["eval_every"] or settings["eval_at"]
-    network = attempt(fid.InceptionFeatures) if evaluates else None
+    inception = attempt(fid.InceptionFeatures) if evaluates else None
     if missing:
         raise OSError(" | ".join(missing))
+    return images, adapted(metrics, of_neighbours, settings), inception
+
+
+def adapted(metrics, of_neighbours, settings):
+    """Image metrics as losses of x0' at --metric-size, and as the neighbours change them.
+
+    metrics, of_neighbours and what is returned : {name: (lambda, metric)}, in of_neighbours a list
+    of them whose metrics are losses already
+    """
     if settings["metric_size"]:
         set_size([metric for _, metric in metrics.values()], settings["metric_size"])
     metrics = {name: (weight, OnX0(metric)) for name, (weight, metric) in metrics.items()}
-    for found in others:
+    for found in of_neighbours:
         metrics |= found
     for neighbour in neighbours():
         for name, (weight, metric) in metrics.items():
             metrics[name] = weight, neighbour.adapt(metric, settings)
-    return images, metrics, network
+    return metrics
 
 
 def set_size(metrics, size):
@@ -393,7 +412,7 @@ def set_size(metrics, size):
 
 def classes(settings, images):
     """How many labels, 0..K-1, the run trains with, or None; ValueError where any is missing."""
-    if not settings["class_cond"] and not kind(settings).needs_labels:
+    if not settings["class_cond"] and not class_of(settings).needs_labels:
         return None
     remedy = "from sub-folders or an .npz's arr_1; leave --class-cond out"
     if images.labels is None:
