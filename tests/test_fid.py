@@ -138,6 +138,16 @@ def test_two_statistics_files_need_no_network(files, monkeypatch, capsys):
     assert got["fid"] == fid.frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
 
 
+@pytest.mark.parametrize(
+    "flags", [["--weights", "random"], ["--dims", 192], ["--precision", "bf16"]]
+)
+@few
+def test_a_network_for_statistics_alone_is_refused(flags, files, capsys):
+    """It would change nothing."""
+    code, error = failing(capsys, files / "stats.npz", files / "stats.npz", *flags)
+    assert code == 1 and "hold statistics" in error
+
+
 @few
 def test_random_weights_never_give_a_number_called_fid(files, tiny, capsys):
     """Their distances have names of their own, with a warning; statistics remember it."""

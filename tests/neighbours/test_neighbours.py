@@ -77,6 +77,7 @@ def checkpoints(tmp_path_factory):
         ("--model classifier --class-cond", "--class-cond"),
         ("--model classifier --metric ssim=1", "classifier"),
         ("--model classifier --eval-every 5", "--eval-every"),
+        ("--model ddpm --predict x0 --self-perceptual a.pt=1 --metric ssim=1", "--metric ssim"),
         ("--self-perceptual 1", "CKPT=W"),
         ("--self-perceptual a.pt=0", "'0'"),
     ],

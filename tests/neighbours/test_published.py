@@ -158,6 +158,11 @@ def test_a_file_that_fits_no_u_net_is_one_line(held, says, run, tmp_path):
     assert code == 1 and says in one_error(text)
 
 
+def test_a_published_file_has_no_other_weights(run):
+    code, said = run(sample.main, "theirs.pt", "--published", "cosine:20", "--raw")
+    assert code == 2 and "--raw" in one_error(said)
+
+
 @pytest.mark.parametrize("text", ["cosine", "cosine:", "cosine:0", "sine:10", "linear:x"])
 def test_what_is_no_schedule_is_a_usage_error(text, run):
     code, said = run(sample.main, "theirs.pt", "--published", text)

@@ -142,11 +142,20 @@ def test_every_data_set_brings_its_size_and_the_papers_network(model, data, size
         ("--batch-size 2.5", "2.5"),
         ("--batch-size 16 --accumulate 3", "multiple of 1 processes x --accumulate 3"),
         ("--seed -1", "-1"),
+        ("--data folder --data-dir elsewhere", "--data-dir"),
         ("--device tpu9", "tpu9"),
     ],
 )
 def test_what_the_flags_alone_show_to_be_wrong_is_one_line_and_exit_2(line, says, capsys):
     assert says in usage_error(capsys, *line.split())
+
+
+def test_help_shows_a_default_of_zero(capsys):
+    with pytest.raises(SystemExit):
+        settings_of("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.0)" in said and "(default: 0)" in said and "(default: 4000" in said
+    assert "(default: {})" not in said and "(default: False)" not in said
 
 
 # ---- what files and devices bring ----
