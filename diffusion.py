@@ -120,7 +120,9 @@ def evenly(T, n):
     1.5e-10.
     """
     if not 1 <= n <= T:
-        raise ValueError(f"{n} sampling steps; expected 1 to the schedule's {T}; choose fewer")
+        raise ValueError(
+            f"{n} sampling steps; expected 1 to the schedule's {T}; choose another number"
+        )
     stride = -(-T // n)  # the only whole one that can leave n
     if len(range(0, T, stride)) == n:
         return list(range(1, T + 1, stride))
