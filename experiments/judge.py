@@ -228,7 +228,7 @@ def refuse_others(typed, settings, path):
     for key, value in typed.items():
         if settings[key] != value:
             raise ValueError(
-                f"--{key.replace('_', '-')} {value}: the judge at {path} has {settings[key]}; "
+                f"{cli.flag_of(key)} {value}: the judge at {path} has {settings[key]}; "
                 "expected the same; leave it out, or name another file by --out"
             )
 

@@ -6,7 +6,7 @@ A neighbour is one file and its rows below.  Delete them, and everything else wo
 What it may plug into the scripts is `plug.Neighbour`; earlier rows come first.
 """
 
-from neighbours.classifier_free import FreeGuidance
+from neighbours.classifier_free import ClassifierFreeGuidance
 from neighbours.guidance import Guidance
 from neighbours.judge import Judges
 from neighbours.low_noise import Until
@@ -17,7 +17,7 @@ from neighbours.variance import Variance
 
 NEIGHBOURS = (
     Variance(),
-    FreeGuidance(),
+    ClassifierFreeGuidance(),
     Guidance(),
     Perceptual(),
     Until(),

@@ -35,7 +35,7 @@ class ClassifierFree(nn.Module):
         return torch.cat([mixed[:, : self.guided], with_label[:, self.guided :]], 1)
 
 
-def classifier_free(model, w):
+def guide_theta(model, w):
     """Puts `ClassifierFree` in the place of theta.
 
     ValueError where training never dropped a label.
@@ -54,7 +54,7 @@ def classifier_free(model, w):
 # ---- the flags ----
 
 
-class FreeGuidance(Neighbour):
+class ClassifierFreeGuidance(Neighbour):
     settings = {"label_dropout": 0.0}
 
     def train_flags(self, flag):
@@ -71,4 +71,4 @@ class FreeGuidance(Neighbour):
 
     def steer(self, args, sampler, settings):
         if args.cfg:
-            classifier_free(sampler.model, args.cfg)
+            guide_theta(sampler.model, args.cfg)

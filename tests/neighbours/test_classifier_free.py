@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from diffusion import x0_from_eps
 from models import small as small_model
-from neighbours.classifier_free import ClassifierFree, classifier_free
+from neighbours.classifier_free import ClassifierFree, guide_theta
 
 KINDS = {
     "ddpm": {"model": "ddpm"},
@@ -29,7 +29,7 @@ def small(kind, label_dropout=0.1):
 
 def guided(kind, w):
     model = small(kind)
-    classifier_free(model, w)
+    guide_theta(model, w)
     return model
 
 
@@ -69,7 +69,7 @@ def test_in_casdm_phi_sees_the_x0_star_of_the_guided_eps_and_the_label():
 
 def test_it_needs_a_model_that_knows_images_without_a_label():
     with pytest.raises(ValueError, match=r"^--cfg: .*--label-dropout"):
-        classifier_free(small("ddpm", label_dropout=0.0), 1.0)
+        guide_theta(small("ddpm", label_dropout=0.0), 1.0)
 
 
 def test_it_asks_the_network_once_with_both_halves():

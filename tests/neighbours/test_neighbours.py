@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 import sample
-from neighbours.classifier_free import classifier_free
+from neighbours.classifier_free import guide_theta
 from neighbours.guidance import guided
 from neighbours.perceptual import frozen_model
 from neighbours.variance import Ancestral, bits_per_dim
@@ -345,7 +345,7 @@ def test_classifier_free_guidance_raises_the_share_of_the_asked_class(shapes):
     judge, shares = classifier(shapes["judge"]), []
     for w in (0.0, 4.0):
         model = load_model(shapes["model"])[0]
-        classifier_free(model, w)
+        guide_theta(model, w)
         sampler = sample.Sampler(model, 16, 25)
         shares.append(share(judge, sampler(0, 64), sampler.labels(0, 64)))
     assert 0.5 < shares[0] < shares[1]
