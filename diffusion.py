@@ -252,9 +252,10 @@ def gaussian_kl(mu1, log_var1, mu2, log_var2):
     Between q(x_{t-1} | x_t, x0) and p(x_{t-1} | x_t) it is L_t (Cas-DM Eq. 5).  At equal variances
     it is (mu1 - mu2)^2 / (2 sigma^2) (Cas-DM Eq. 6, whose printed 2 beta_t^2 should be 2 beta_t).
     """
-    log_ratio = log_var1 - log_var2
+    log_ratio = log_var2 - log_var1
+    inverse_ratio = (log_var1 - log_var2).exp()
     distance = (mu1 - mu2).square() * (-log_var2).exp()
-    return (log_ratio.exp() - log_ratio + distance - 1) / 2
+    return (log_ratio + inverse_ratio + distance - 1) / 2
 
 
 # ---- one step back: DDIM ----

@@ -333,7 +333,7 @@ def test_classifier_guidance_raises_the_share_of_the_asked_class(variance, shape
     shares = []
     for scale in (0.0, 1.0, 4.0):
         sampler = sample.Sampler(model, 16, 25, make_step=guided(make_step, guide, scale))
-        shares.append(share(judge, sampler(0, 64), sampler.labels(0, 64)))
+        shares.append(share(judge, sampler(0, 256), sampler.labels(0, 256)))
     assert shares[0] < 0.5
     assert shares[0] < shares[1] < shares[2]
     assert shares[2] > shares[0] + 0.2
