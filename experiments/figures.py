@@ -12,7 +12,7 @@ gate.png        r_t over t: how much of a step comes from x0', and how much shou
 refined.png     figure 2's trace of Cas-DM + metric
 curves.png      FID-768 against sampling steps, and against training iterations
 lengths.png     every Frechet distance against training iterations
-longest.png     samples of runs of the preset's own length, and of the longest runs
+longest.png     samples of the longest runs of Table 1's rows
 gates.png       r_t over t of Cas-DM + metric, after ever more iterations
 pulls.png       the pull of L_mu on that r_t, over t
 expect.png      samples of each RUN after 100, 300, 600 and 1,200 steps; prints its log's means
@@ -327,7 +327,7 @@ def main(argv=None):
     elif args.what == "lengths":
         draw_lengths(experiment, args.out / "lengths.png")
     elif args.what == "longest":
-        rows = [row for name in CURVES for row in (name, at_lengths(name)[-1])]
+        rows = [at_lengths(name)[-1] for name in TABLE1]
         draw_rows(experiment, rows, STEPS[-1], args.out / "longest.png")
         draw_gate(experiment, at_lengths("Cas-DM + metric"), args.out / "gates.png")
         draw_pulls(experiment, at_lengths("Cas-DM + metric"), args.out / "pulls.png")
