@@ -72,8 +72,9 @@ def x0_loss(pred, batch):
 def mu_loss(pred, batch, schedule):
     """L_mu = || mu~_t - ( r_t [mu_x0']_sg + (1 - r_t) [mu_eps']_sg ) ||^2      (Cas-DM Eq. 12)
 
-    [.]_sg is `detach`: both means are constants here, and L_mu trains r_t alone.  It is Cas-DM
-    Eq. 6 without its factor, which should read 1 / (2 beta_t) (docs/CHOICES.md, errata).
+    [.]_sg is `detach`: both means are constants here, and L_mu trains r_t alone.
+    It is Cas-DM Eq. 6 without its factor, which should read 1 / (2 beta_t) (docs/CHOICES.md,
+    errata).
     """
     x_t, t = batch.x_t, batch.t
     mu_tilde = mu_from_x0(x_t, t, batch.x0, schedule)

@@ -126,7 +126,7 @@ def resnet():
 
 
 def inception():
-    """Inception v3's, as far as it has any (Cas-DM Table 3)."""
+    """Inception v3 at four depths (Cas-DM Table 3)."""
     net = _skeleton(tv.inception_v3, init_weights=False)
     stages = ["maxpool2", "Mixed_5d", "Mixed_6e", "Mixed_7c"]
     weights = tv.Inception_V3_Weights.IMAGENET1K_V1

@@ -168,6 +168,7 @@ class CasDM(Model):
         return Prediction(eps_hat, x0_hat, logit.sigmoid())
 
     def losses(self, pred, batch):
+        """L_eps, L_x0 and L_mu -> {term: [B]}                              (Cas-DM Eq. 12)"""
         return {
             "eps": eps_loss(pred, batch),  # trains theta           (Cas-DM Eq. 14)
             "x0": x0_loss(pred, batch),  # trains phi             (Cas-DM Eq. 15)

@@ -43,7 +43,7 @@ from support.models import load_model, neighbours, set_precision
 
 @torch.inference_mode()
 def sample(model, x_T, chain, step, y=None, watch=None):
-    """x_T to x_0, one step of the chain after another                          (Cas-DM figure 2)
+    """x_T to x0, one step of the chain after another                           (Cas-DM figure 2)
 
     x_T     : [B, C, H, W] ~ N(0, I)      chain : the model's schedule, re-spaced
     step    : (x_t, t, estimates, chain) -> x_{t-1}      y : [B] int64 labels, or None
