@@ -451,9 +451,11 @@ sys.exit(cli.run(fid.main))
 """
 REFERENCE = """
 os.environ["XDG_CACHE_HOME"] += os.environ.get("RANK", "0")  # a home on each machine
-parallel.begin(torch.device("cpu"))
-statistics = reference_features(Images(pixels(10), None, "ten", "abcd"), Tiny())
-print(float(parallel.add(torch.tensor(statistics.sigma)).sum()) / parallel.size())
+def main(argv):
+    parallel.begin(torch.device("cpu"))
+    statistics = reference_features(Images(pixels(10), None, "ten", "abcd"), Tiny())
+    print(float(parallel.add(torch.tensor(statistics.sigma)).sum()) / parallel.size())
+sys.exit(cli.run(main))
 """
 
 
