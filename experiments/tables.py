@@ -125,7 +125,7 @@ def lengths_tables(lines, steps):
 
 
 def gains_tables(lines, steps):
-    """By how many percent the metric changes each score, against iterations, of equal seeds.
+    """By how many percent the metric changes each score, seed by seed, against iterations.
 
     A table for each number of sampling steps and each row of Table 1 that has its metric beside it.
     """
@@ -140,25 +140,28 @@ def gains_tables(lines, steps):
             rows = []
             for score, found in gains.items():
                 if found.keys() - {1}:
-                    cells = [
-                        f"{found[length]:+.0f} %" if length in found else "" for length in lengths
-                    ]
+                    cells = [percents(found.get(length, [])) for length in lengths]
                     rows.append([PRINTED[score].name, *cells])
             tables.append((header, rows))
     return tables
 
 
 def gain(lines, row, score, n):
-    """{length: by how many percent the metric changes the row's score}."""
+    """{length: [by how many percent the metric changes the row's score, of each seed of both]}."""
     plain = by_iterations(lines, row, score, n)
     metric = by_iterations(lines, f"{row} + metric", score, n)
     found = {}
     for length in plain.keys() & metric.keys():
-        seeds = plain[length].keys() & metric[length].keys()
-        before, after = (sum(side[length][seed] for seed in seeds) for side in (plain, metric))
-        if before:
-            found[length] = 100 * (after / before - 1)
+        before, after = plain[length], metric[length]
+        seeds = sorted(seed for seed in before.keys() & after.keys() if before[seed])
+        if seeds:
+            found[length] = [100 * (after[seed] / before[seed] - 1) for seed in seeds]
     return found
+
+
+def percents(values):
+    """-23, -18 %."""
+    return ", ".join(f"{value:+.0f}" for value in values) + " %" if values else ""
 
 
 def lengths_in(curves):
