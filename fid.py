@@ -44,7 +44,7 @@ from data import DATASETS, raw_images, to_pixels
 from features import STEADY, Features, batched, features_of, load_statistics, save_statistics
 from inception import LAYERS, InceptionFeatures
 from sample import check_sampler, open_model, open_sampler, sampler_defaults, sampler_flags
-from scores import SPLIT, frechet_distance, kernel_distance, precision_recall
+from scores import SPLIT, check_dims, frechet_distance, kernel_distance, precision_recall
 from support import cli, parallel
 from support.files import check_writable, read_npz
 from support.models import neighbours
@@ -196,6 +196,7 @@ class Side(NamedTuple):
     n: int | None  # how many images; None: the file does not say
     features: Features | None = None
     batches: Iterator | None = None  # uint8 [N, 3, H, W]
+    drawn: bool = False  # by a model, which takes long
 
 
 def open_side(source, args, device):
@@ -209,7 +210,7 @@ def open_side(source, args, device):
     if is_checkpoint(source):
         model, settings = open_model(args, path, device)
         batches = sampled(open_sampler(args, model, settings), args.n, args.batch_size)
-        return Side(args.n, batches=batches)
+        return Side(args.n, batches=batches, drawn=True)
     if path.suffix == ".npz" and read_npz(path, ["mu"]):
         features = load_statistics(path)
         return Side(features.n, features)
@@ -326,10 +327,11 @@ def main(argv=None):
         network = copy.deepcopy(exact).bfloat16()
         first = 0 if sides[0].batches is not None else 1
         head, sides[first] = _head(sides[first], device)
-    features = []
-    for i, side in enumerate(sides):
+    features = [None for _ in sides]
+    # files come first: what is wrong with them shows before hours of sampling
+    for i, side in sorted(enumerate(sides), key=lambda found: found[1].drawn):
         keep = by_rows or (save_rows and i == 0)
-        features.append(side.features or features_of(side.batches, network, side.n, keep))
+        features[i] = side.features or features_of(side.batches, network, side.n, keep)
 
     note = sys.stdout  # which begin() has closed to every rank but the first
     if args.json and parallel.rank() == 0:
@@ -358,7 +360,9 @@ def open_network(args, sides, device):
     network = feature_network(args).to(device)
     for side in sides:
         if side.features:
-            check_weights(side.features.weights, network.name)  # before hours of sampling
+            # before hours of sampling
+            check_weights(side.features.weights, network.name)
+            check_dims(len(side.features.mu), network.dims)
     return network
 
 

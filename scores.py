@@ -32,11 +32,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1 = checked_gaussian(mu1, sigma1)
     mu2, sigma2 = checked_gaussian(mu2, sigma2)
-    if len(mu1) != len(mu2):
-        raise ValueError(
-            f"statistics of {len(mu1)} and of {len(mu2)} features; expected equally many; "
-            "make both with the same network"
-        )
+    check_dims(len(mu1), len(mu2))
     if np.array_equal(mu1, mu2) and np.array_equal(sigma1, sigma2):
         return 0.0  # rounding would leave 1e-6
     # the smaller factor comes first, so that both orders of the arguments give the same bits
@@ -48,6 +44,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = np.sqrt(eigenvalues.clip(0)).sum()
     distance = np.sum((mu1 - mu2) ** 2) + (np.trace(sigma1) + np.trace(sigma2)) - 2 * root
     return max(0.0, float(distance))
+
+
+def check_dims(one, other):
+    """ValueError where two sets of features have not equally many dimensions."""
+    if one != other:
+        raise ValueError(
+            f"statistics of {one} and of {other} features; expected equally many; "
+            "make both with the same network and --dims"
+        )
 
 
 def _factor(sigma):

@@ -414,6 +414,16 @@ def test_each_bad_input_is_one_line_and_exit_code_1(broken, tiny, capsys, name, 
 
 
 @few
+@pytest.mark.parametrize("name", ["bad", "one.npz", "small.npz", "nan.npz"])
+def test_a_bad_reference_is_found_before_a_checkpoint_is_sampled(
+    broken, checkpoint, tiny, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(Sampler, "__call__", None)
+    code, line = failing(capsys, checkpoint, broken / name)
+    assert code == 1 and line
+
+
+@few
 def test_skip_bad_leaves_out_what_cannot_be_read(broken, tiny, capsys):
     """--skip-bad counts only the images that were read."""
     with pytest.warns(UserWarning):
