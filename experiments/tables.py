@@ -112,16 +112,37 @@ def steps_table(lines):
 
 
 def lengths_tables(lines, steps):
-    """A table for each score and number of sampling steps, of Table 1's rows against iterations."""
+    """Table 1's rows against iterations, for each number of sampling steps: a table a score.
+
+    Where the lines have one length alone it is one table of all scores.
+    """
     tables = []
     for n in steps:
+        by_score = {}  # {score: {row: {length: {seed: value}}}}
         for score in PRINTED:
             curves = {row: by_iterations(lines, row, score, n) for row in TABLE1}
-            curves = {row: found for row, found in curves.items() if found.keys() - {1}}
-            lengths = lengths_in(curves)
+            by_score[score] = {row: found for row, found in curves.items() if found.keys() - {1}}
+        lengths = lengths_in(found for curves in by_score.values() for found in curves.values())
+        if len(lengths) == 1:
+            tables.append(length_table(by_score, lengths[0], n))
+            continue
+        for score, curves in by_score.items():
             header = [*titles([(n, score)]), *length_titles(lengths)]
             tables.append((header, curve_rows(curves, lengths, score)))
     return tables
+
+
+def length_table(by_score, length, n):
+    """Every score of the rows that have all of them, after so many iterations."""
+    scores = [score for score, curves in by_score.items() if curves]
+    rows = []
+    for row in TABLE1:
+        found = [by_score[score][row][length] for score in scores if row in by_score[score]]
+        if len(found) == len(scores):
+            cells = [spread([*v.values()], score) for v, score in zip(found, scores, strict=True)]
+            rows.append([row, len(found[0]), *cells])
+    [title] = length_titles([length])
+    return [f"{title}, {n} steps", "seeds", *(PRINTED[score].name for score in scores)], rows
 
 
 def gains_tables(lines, steps):
@@ -135,7 +156,7 @@ def gains_tables(lines, steps):
             if f"{row} + metric" not in TABLE1:
                 continue
             gains = {score: gain(lines, row, score, n) for score in PRINTED}
-            lengths = lengths_in(gains)
+            lengths = lengths_in(gains.values())
             header = [f"{row} + metric - {row}, {n} steps", *length_titles(lengths)]
             rows = []
             for score, found in gains.items():
@@ -166,7 +187,7 @@ def percents(values):
 
 def lengths_in(curves):
     """Every length that one of the curves has."""
-    return sorted({length for found in curves.values() for length in found})
+    return sorted({length for found in curves for length in found})
 
 
 def length_titles(lengths):

@@ -100,6 +100,23 @@ def test_the_gains_are_percents_of_each_seed_that_both_have_at_each_length(capsy
     assert "| Dual, 2 x the iterations |" not in said  # it has the tables of lengths alone
 
 
+def test_a_single_length_is_one_table_of_all_scores(capsys):
+    """A row that lacks a score is left out."""
+    scores = {"fid_768": 1.0, "sfid": 2.0}
+    lines = [
+        line("Dual, 2 x the iterations", seed, **{"10": scores | {"kid": 0.001 + seed / 500}})
+        for seed in (0, 1)
+    ]
+    lines.append(line("Cas-DM, 2 x the iterations", **{"10": scores}))
+    tables.table(lines, (10,))
+    said = capsys.readouterr().out
+    assert said.endswith(
+        "| 2 x the iterations, 10 steps | seeds | FID-768 | sFID | KID x 1000 |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| Dual | 2 | 1.000 ± 0.000 | 2.00 ± 0.00 | 2.00 ± 1.00 |\n"
+    )
+
+
 def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
     """KID in thousandths; a line from before they were taken is in no other table's way."""
     scores = {"fid_768": 1.0, "sfid": 1.0}
