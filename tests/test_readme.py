@@ -15,7 +15,7 @@ import fid
 import metrics
 import sample
 import train
-from experiments import benchmark, figures, judge, steps, table1, variants
+from experiments import benchmark, colours, figures, judge, steps, table1, variants
 from runs import ROOT
 
 ROOMS = ("", "neighbours", "support", "experiments")
@@ -135,6 +135,7 @@ PARSERS = {
     "sample.py": sample.parse_args,
     "fid.py": fid.parse_args,
     "experiments.table1": table1.parse_args,
+    "experiments.colours": colours.parse_args,
     "experiments.judge": judge.parse_args,
     "experiments.steps": steps.parse_args,
     "experiments.benchmark": benchmark.parse_args,
@@ -185,8 +186,9 @@ def help_of(main, capsys):
 
 def test_every_flag_and_metric_and_module_exists(capsys):
     known = {"--help", "--nproc_per_node", "--check"}  # torchrun's and ruff's
-    for main in (train.main, sample.main, fid.main, table1.main, judge.main, steps.main):
-        known |= set(re.findall(r"--[\w-]+", help_of(main, capsys)))
+    scripts = (train, sample, fid, table1, judge, steps, colours)
+    for script in scripts:
+        known |= set(re.findall(r"--[\w-]+", help_of(script.main, capsys)))
     for page, text in PAGES.items():
         text = re.sub(r"\]\([^)]*\)", "", text)
         flags = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
