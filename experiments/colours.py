@@ -2,7 +2,7 @@ r"""What images look like, beside a reference: their colours, contrast and satur
 
     python -m experiments.colours samples.npz FOLDER --reference cifar10
 
-A line for each, a folder, an images .npz or a data set's name; the reference's comes last.
+Each is a folder, an images .npz or a data set's name, and has a line.  The reference comes last.
 
 colour       1000 times the Frechet distance of the images' mean colours, three numbers an image,
              to the reference's
@@ -41,9 +41,7 @@ def look(images):
         contrasts.append(x.std((0, 1)).mean())
         saturations.append((x.max(2) - x.min(2)).mean())
     if len(colours) < 2:
-        raise ValueError(
-            f"got {len(colours)} images; expected at least 2, and as many as a score; add images"
-        )
+        raise ValueError(f"got {len(colours)} images; expected at least 2; add images")
     return Look(np.array(colours), np.mean(contrasts), np.mean(saturations))
 
 

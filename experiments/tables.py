@@ -112,9 +112,9 @@ def steps_table(lines):
 
 
 def lengths_tables(lines, steps):
-    """Table 1's rows against iterations, for each number of sampling steps: a table a score.
+    """Table 1's rows against iterations, for each number of sampling steps.
 
-    Where the lines have one length alone it is one table of all scores.
+    One table for each score; where the lines have one length alone, one table of all scores.
     """
     tables = []
     for n in steps:
@@ -181,8 +181,10 @@ def gain(lines, row, score, n):
 
 
 def percents(values):
-    """-23, -18 %."""
-    return ", ".join(f"{value:+.0f}" for value in values) + " %" if values else ""
+    """The cell of some percents: -23, -18 %; empty for none."""
+    if not values:
+        return ""
+    return ", ".join(f"{value:+.0f}" for value in values) + " %"
 
 
 def lengths_in(curves):
