@@ -280,6 +280,7 @@ def start(device, folder, data="shapes", target="<= 2 s"):
         pass
 
     def work():
+        """One start of train.py, up to its first loss."""
         out = tempfile.mkdtemp(dir=folder)
         arguments = ["--data", data, "--out", out, "--device", str(device)]
         with contextlib.ExitStack() as stack:

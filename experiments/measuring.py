@@ -150,6 +150,7 @@ def peak_convolutions(device, dtype):
     """
 
     def one(n, c, size):
+        """(call, FLOPs) of one of them, n images of c channels."""
         conv = nn.Conv2d(c, c, 3, padding=1, bias=False, device=device, dtype=dtype)
         conv = conv.to(memory_format=torch.channels_last)
         x = torch.randn(n, c, size, size, device=device, dtype=dtype)

@@ -41,6 +41,7 @@ def network_step(net, device, plain=False):
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=fused)
 
     def call():
+        """One training step."""
         loss = F.mse_loss(net(x, t), target)
         optimizer.zero_grad()
         loss.backward()
@@ -49,6 +50,7 @@ def network_step(net, device, plain=False):
 
     @torch.no_grad()
     def average():
+        """The moving average of the weights, after the step."""
         if not plain:
             torch._foreach_lerp_(averages, weights, 0.0001)
             return

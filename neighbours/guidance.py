@@ -144,6 +144,7 @@ class Guidance(Neighbour):
         return {"sample_every": 0} if settings["model"] in self.models else {}
 
     def check(self, settings):
+        """ValueError for settings that mean nothing to a classifier."""
         if settings["model"] not in self.models:
             return
         if settings["sample_every"] or settings["eval_every"] or settings["eval_at"]:
@@ -164,6 +165,7 @@ class Guidance(Neighbour):
         parser.add_argument("--guidance", type=cli.real(0), metavar="S", help=text)
 
     def check_sampler(self, parser, args):
+        """parser.error for --guidance without --classifier."""
         if args.guidance is not None and not args.classifier:
             parser.error(
                 "--guidance scales a classifier's gradient; "
@@ -171,6 +173,7 @@ class Guidance(Neighbour):
             )
 
     def steer(self, args, sampler, settings):
+        """Has --classifier guide every step; ValueError where it does not fit the model."""
         if not args.classifier:
             return
         classifier, _, theirs = load_model(args.classifier, sampler.device, classifier=True)
@@ -190,6 +193,8 @@ def guided(make_step, classifier, scale):
     """What makes a step, so that the steps it makes are guided."""
 
     def make(noise, y):
+        """(noise, y) -> the sampler's step, with the classifier's gradient in it."""
+
         def gradient(x_t, t):
             return classifier_gradient(classifier, x_t, t, y, scale)
 

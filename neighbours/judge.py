@@ -146,6 +146,7 @@ class Judges(Neighbour):
         parser.add_argument("--judge", metavar="FILE.pt", help=text)
 
     def check_score(self, parser, args):
+        """parser.error for --judge beside the flags of Inception."""
         if args.judge and (args.weights or args.dims != parser.get_default("dims")):
             parser.error(
                 "--judge scores by its own features, and --weights and --dims are Inception's; "

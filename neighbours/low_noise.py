@@ -52,6 +52,7 @@ class Until(Neighbour):
         flag("metric-until", text, type=cli.real(0, 1), metavar="SHARE")
 
     def check(self, settings):
+        """ValueError for --metric-until where no metric stands beside other losses."""
         if settings["metric_until"] == 1:
             return
         frozen = settings.get("self_perceptual")

@@ -94,6 +94,7 @@ class Perceptual(Neighbour):
         flag("self-perceptual", text, type=checkpoint_and_lambda, metavar="CKPT=W")
 
     def check(self, settings):
+        """ValueError for a metric beside a DDPM's self-perceptual objective."""
         if self.model(settings) and settings["metric"]:
             raise ValueError(
                 f"--metric {', '.join(settings['metric'])}: --self-perceptual is a DDPM's whole "
@@ -105,6 +106,7 @@ class Perceptual(Neighbour):
             return self.alone.get(settings["predict"])
 
     def metrics(self, settings):
+        """{name: (lambda, metric)} of --self-perceptual."""
         found = {}
         for path, weight in settings["self_perceptual"].items():
             frozen = frozen_model(path, settings)

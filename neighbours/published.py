@@ -124,6 +124,7 @@ class Published(Neighbour):
     settings = {"init_eps": None}
 
     def train_flags(self, flag):
+        """--init-eps."""
         text = (
             "start Cas-DM's theta, or a DDPM that predicts eps, "
             "from an improved-diffusion checkpoint"
@@ -131,6 +132,7 @@ class Published(Neighbour):
         flag("init-eps", text, metavar="FILE", type=lambda path: str(Path(path).absolute()))
 
     def check(self, settings):
+        """ValueError for --init-eps where no network predicts eps."""
         if not settings["init_eps"]:
             return
         if settings["model"] not in ("casdm", "ddpm"):

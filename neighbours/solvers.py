@@ -162,6 +162,7 @@ class Solvers(Neighbour):
         return {"sampler": "dpm++", "sample_steps": 10}
 
     def sampler_flags(self, parser):
+        """--spacing."""
         text = (
             f"which steps: {', '.join(SPACINGS)}; sections=A,B,...: so many of each part of 1..T, "
             "from x0 up; t=A,B,...: these (default: even ones)"

@@ -291,6 +291,7 @@ class Variance(Neighbour):
         return {"objective": "hybrid"} if settings["learn_sigma"] else {}
 
     def check(self, settings):
+        """ValueError where --learn-sigma, --objective and the model contradict each other."""
         learns, objective = settings["learn_sigma"], settings["objective"]
         if learns != (objective != "simple"):
             raise ValueError(
@@ -312,6 +313,7 @@ class Variance(Neighbour):
         return [ImportanceSampler(settings["T"])] if settings["objective"] == "vlb" else []
 
     def sampler_flags(self, parser):
+        """--variance."""
         parser.add_argument(
             "--variance",
             choices=VARIANCES,
@@ -320,6 +322,7 @@ class Variance(Neighbour):
         )
 
     def sample_flags(self, parser):
+        """--bits-per-dim, and the images that it is of."""
         bits = parser.add_argument_group("instead of sampling")
         text = "print the variational bound of --n images of --data, over --steps steps"
         bits.add_argument("--bits-per-dim", action="store_true", help=text)
@@ -328,6 +331,7 @@ class Variance(Neighbour):
         bits.add_argument("--data-dir", metavar="DIR", help="where a named set lies")
 
     def check_sample(self, parser, args):
+        """parser.error where --bits-per-dim and other flags contradict each other."""
         if args.bits_per_dim != (args.data is not None):
             parser.error("--bits-per-dim and --data go together: the bound is that of given images")
         if not args.bits_per_dim:
@@ -344,6 +348,7 @@ class Variance(Neighbour):
             parser.error("--precision means nothing to --bits-per-dim; leave it out")
 
     def steer(self, args, sampler, settings):
+        """ValueError for --variance with a sampler that has none."""
         if args.variance and sampler.name != "ddpm":
             raise ValueError(
                 f"--variance {args.variance} with the sampler {sampler.name}; expected --sampler "

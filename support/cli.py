@@ -51,6 +51,7 @@ def whole(low, high=None):
     """An argparse type: an integer in low..high."""
 
     def parse(text):
+        """The whole number that `text` says, in range; ArgumentTypeError for others."""
         try:
             value = int(text)
         except ValueError:
@@ -68,6 +69,7 @@ def real(low, high=None, above=False):
     """An argparse type: a finite number in low..high, or greater than low if `above`."""
 
     def parse(text):
+        """The finite number that `text` says, in range; ArgumentTypeError for others."""
         try:
             value = float(text)
         except ValueError:

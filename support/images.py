@@ -170,6 +170,7 @@ class _Folder:
         self.bad.append(i)
 
     def warn(self, count):
+        """Says how many images were left out, where some were."""
         if count:
             warnings.warn(
                 f"{count} of the {len(self)} image files in {self.root} cannot be read "
