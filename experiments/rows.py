@@ -17,6 +17,7 @@ class Row(NamedTuple):
     variant: str = ""  # of variants.py
     begins_with: str = ""  # the row from whose checkpoint its training goes on
     samples_of: str = ""  # the row whose checkpoint it samples; it trains none
+    sampling: str = ""  # flags of sample.py
     length: float = 1  # times the preset's iterations
     steps: tuple | None = None  # of sampling, where they are not those of --steps
 
@@ -90,8 +91,19 @@ def lengths(name):
     return found
 
 
+def sampled_otherwise(name, way, **how):
+    """{(group, row): Row} of the longest run of a row, sampled in another way, with ten steps."""
+    longest = at_lengths(name)[-1]
+    row = Row(samples_of=longest, length=LENGTHS[-1], steps=(10,), **how)
+    return {("sampling", f"{longest}, {way}"): row}
+
+
 for name in TABLE1:
     ROWS |= lengths(name)
+for name in TABLE1:
+    ROWS |= sampled_otherwise(name, "DPM-Solver++", sampling="--sampler dpm++")
+for name in ("Cas-DM", "Cas-DM + metric"):
+    ROWS |= sampled_otherwise(name, "r_t = t / T", variant="r-linear")
 
 # FID and sFID on CIFAR-10, 100 steps (Cas-DM Table 1), and FID with Fix-Res (Cas-DM Table 4)
 PAPER = {

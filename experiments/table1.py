@@ -140,7 +140,7 @@ class Experiment:
             for steps in missing:
                 images = place / f"{steps}.npz"
                 if not images.exists():
-                    self.sample(checkpoint, steps, seed, images, how.variant)
+                    self.sample(checkpoint, steps, seed, images, how)
                 line[str(steps)] = self.score(images)
         line["seconds"] = round(time.monotonic() - begun)
         with self.locks["results"], open(self.results, "a") as f:
@@ -172,13 +172,14 @@ class Experiment:
             self.programs.call("train.py", *arguments, "--out", place, variant=how.variant)
         return checkpoint
 
-    def sample(self, checkpoint, steps, seed, images, variant):
-        """As many images as a score takes, with so many steps."""
+    def sample(self, checkpoint, steps, seed, images, how):
+        """As many images as a score takes, with so many steps, in the way of the Row `how`."""
         arguments = [
             *("--n", self.preset.samples, "--steps", steps, "--seed", seed),
             *("--batch-size", 128, "--precision", self.preset.precision, "--out", images),
+            *how.sampling.split(),
         ]
-        self.programs.call("sample.py", checkpoint, *arguments, variant=variant)
+        self.programs.call("sample.py", checkpoint, *arguments, variant=how.variant)
 
     def iterations(self, row):
         """How many the row trains for."""

@@ -3,7 +3,7 @@
 import statistics
 from typing import NamedTuple
 
-from experiments.rows import CURVES, PAIRS, PAPER, ROWS, TABLE1
+from experiments.rows import CURVES, LENGTHS, PAIRS, PAPER, ROWS, TABLE1
 
 
 class Score(NamedTuple):
@@ -48,6 +48,7 @@ def table(lines, steps):
         differences_table(found, columns),
         steps_table(lines),
         *lengths_tables(lines, steps),
+        *longest_tables(found, steps),
         *gains_tables(lines, steps),
         others_table(found, others),
     ]
@@ -78,7 +79,7 @@ def all_of(lines, key):
 def rows_table(found, columns):
     """The means of each row, beside the paper's numbers."""
     rows = []
-    for row, *cells in means(found, columns):
+    for row, *cells in means(found, columns, own_rows()):
         paper = [f"{value:.2f}" for value in PAPER.get(row, ()) if value]
         rows.append([row, *cells, ", ".join(paper)])
     return ["row", "seeds", *titles(columns), "paper's FID, sFID, 100 steps"], rows
@@ -112,37 +113,41 @@ def steps_table(lines):
 
 
 def lengths_tables(lines, steps):
-    """Table 1's rows against iterations, for each number of sampling steps.
+    """Table 1's rows against iterations: a table for each score with each number of steps.
 
-    One table for each score; where the lines have one length alone, one table of all scores.
+    Where only the longest runs have a score, longest_tables says all.
     """
     tables = []
     for n in steps:
-        by_score = {}  # {score: {row: {length: {seed: value}}}}
         for score in PRINTED:
             curves = {row: by_iterations(lines, row, score, n) for row in TABLE1}
-            by_score[score] = {row: found for row, found in curves.items() if found.keys() - {1}}
-        lengths = lengths_in(found for curves in by_score.values() for found in curves.values())
-        if len(lengths) == 1:
-            tables.append(length_table(by_score, lengths[0], n))
-            continue
-        for score, curves in by_score.items():
-            header = [*titles([(n, score)]), *length_titles(lengths)]
-            tables.append((header, curve_rows(curves, lengths, score)))
+            curves = {row: found for row, found in curves.items() if found.keys() - {1}}
+            lengths = lengths_in(curves.values())
+            if lengths != [LENGTHS[-1]]:
+                header = [*titles([(n, score)]), *length_titles(lengths)]
+                tables.append((header, curve_rows(curves, lengths, score)))
     return tables
 
 
-def length_table(by_score, length, n):
-    """Every score of the rows that have all of them, after so many iterations."""
-    scores = [score for score, curves in by_score.items() if curves]
-    rows = []
-    for row in TABLE1:
-        found = [by_score[score][row][length] for score in scores if row in by_score[score]]
-        if len(found) == len(scores):
-            cells = [spread([*v.values()], score) for v, score in zip(found, scores, strict=True)]
-            rows.append([row, len(found[0]), *cells])
-    [title] = length_titles([length])
-    return [f"{title}, {n} steps", "seeds", *(PRINTED[score].name for score in scores)], rows
+def longest_tables(found, steps):
+    """Every score of Table 1's rows after the most iterations, and sampled in other ways.
+
+    A row that lacks one of the scores that others have is left out.
+    """
+    [title] = length_titles([LENGTHS[-1]])
+    names = [row for (_, row), how in ROWS.items() if how.length == LENGTHS[-1]]
+    longest = [line for name in names for line in found.get(name, {}).values()]
+    tables = []
+    for n in map(str, steps):
+        taken = {score for line in longest for score in line.get(n, {})}
+        columns = [(n, score) for score in PRINTED if score in taken]
+        rows = []
+        if columns:
+            for name, *cells in means(found, columns, names):
+                rows.append([name.replace(f", {title}", ""), *cells])
+        scores = [PRINTED[score].name for _, score in columns]
+        tables.append(([f"{title}, {n} steps", "seeds", *scores], rows))
+    return tables
 
 
 def gains_tables(lines, steps):
@@ -209,13 +214,13 @@ def curve_rows(curves, points, score):
 
 def others_table(found, columns):
     """The means of the scores beside FID and sFID, of the lines that have them."""
-    return ["row", "seeds", *titles(columns)], means(found, columns)
+    return ["row", "seeds", *titles(columns)], means(found, columns, own_rows())
 
 
-def means(found, columns):
-    """[row, number of seeds, mean of each column] of each row whose lines have all of them."""
+def means(found, columns, names):
+    """[row, number of seeds, mean of each column] of each named row whose lines have all."""
     rows = []
-    for row in own_rows():
+    for row in names:
         lines = with_all(found, row, columns).values()
         if lines:
             values = [[line[steps][score] for line in lines] for steps, score in columns]

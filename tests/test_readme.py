@@ -318,6 +318,10 @@ def test_the_results_of_longer_runs_are_those_of_their_lines(capsys):
     assert len(against_iterations) == 12  # nine scores, and the metric's effect on three models
     shown = tables(PAGES["docs/RESULTS.md"])
     assert all(rows in shown for rows in [*against_iterations, printed[-1]])
+    [longest] = [rows[1:] for rows in printed if rows[0][0] == "8 x the iterations, 10 steps"]
+    assert len(longest) > 7  # Table 1's rows, and what is sampled in other ways
+    shown_rows = [row for rows in shown for row in rows[1:]]
+    assert all(row in shown_rows for row in longest)
 
     experiments.tables.table(table1.Experiment("cpu", results=path).lines(), (100,))
     printed = {rows[0][0]: rows[1:] for rows in tables(capsys.readouterr().out)}

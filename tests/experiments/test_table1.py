@@ -271,6 +271,22 @@ def test_low_noise_rows_limit_cas_dms_metric_as_their_names_say(share, tmp_path)
     assert found[0] == found[1]
 
 
+def test_a_row_is_sampled_by_its_own_flags_and_under_its_variant(tmp_path, monkeypatch):
+    experiment, calls = table1.Experiment("cpu", tmp_path), []
+
+    def call(*words, variant):
+        calls.append((" ".join(map(str, words)), variant))
+
+    monkeypatch.setattr(experiment.programs, "call", call)
+    for how in (Row(sampling="--sampler dpm++"), Row(variant="r-linear")):
+        experiment.sample(tmp_path / "checkpoint.pt", 10, 0, tmp_path / "10.npz", how)
+    (solver, none), (ddim, variant) = calls
+    assert solver.endswith(" --sampler dpm++")
+    assert none == ""
+    assert "--sampler" not in ddim
+    assert variant == "r-linear"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch):

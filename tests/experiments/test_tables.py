@@ -100,21 +100,25 @@ def test_the_gains_are_percents_of_each_seed_that_both_have_at_each_length(capsy
     assert "| Dual, 2 x the iterations |" not in said  # it has the tables of lengths alone
 
 
-def test_a_single_length_is_one_table_of_all_scores(capsys):
+def test_the_longest_runs_are_one_table_of_all_scores_and_of_all_ways_to_sample(capsys):
     """A row that lacks a score is left out."""
     scores = {"fid_768": 1.0, "sfid": 2.0}
     lines = [
-        line("Dual, 2 x the iterations", seed, **{"10": scores | {"kid": 0.001 + seed / 500}})
+        line("Dual, 8 x the iterations", seed, **{"10": scores | {"kid": 0.001 + seed / 500}})
         for seed in (0, 1)
     ]
-    lines.append(line("Cas-DM, 2 x the iterations", **{"10": scores}))
+    lines.append(line("Cas-DM, 8 x the iterations", **{"10": scores}))
+    solver = {"fid_768": 3.0, "sfid": 4.0, "kid": 0.005}
+    lines.append(line("Dual, 8 x the iterations, DPM-Solver++", **{"10": solver}))
     tables.table(lines, (10,))
     said = capsys.readouterr().out
     assert said.endswith(
-        "| 2 x the iterations, 10 steps | seeds | FID-768 | sFID | KID x 1000 |\n"
+        "| 8 x the iterations, 10 steps | seeds | FID-768 | sFID | KID x 1000 |\n"
         "| --- | --- | --- | --- | --- |\n"
         "| Dual | 2 | 1.000 ± 0.000 | 2.00 ± 0.00 | 2.00 ± 1.00 |\n"
+        "| Dual, DPM-Solver++ | 1 | 3.000 | 4.00 | 5.00 |\n"
     )
+    assert "FID-768, 10 steps" not in said  # one length is no curve
 
 
 def test_other_scores_have_a_table_of_the_lines_that_hold_them(capsys):
