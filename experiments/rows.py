@@ -9,10 +9,10 @@ class Row(NamedTuple):
     """One line of a table.
 
     In its flags METRIC is LPIPS in the preset `paper` and where VGG's weights are at hand, else
-    SqueezeNet's features; MATCHED is the preset's, and FROZEN is the checkpoint of the row that the
-    constant FROZEN names.
+    SqueezeNet's features; MATCHED is the preset's, and FROZEN is the checkpoint of FROZEN_ROW.
     """
 
+    group: str  # of --group
     flags: str = ""
     variant: str = ""  # of variants.py
     begins_with: str = ""  # the row from whose checkpoint its training goes on
@@ -22,7 +22,7 @@ class Row(NamedTuple):
     steps: tuple | None = None  # of sampling, where they are not those of --steps
 
 
-FROZEN = "DDPM (eps)"  # of the self-perceptual metric
+FROZEN_ROW = "DDPM (eps)"  # the frozen model of the self-perceptual metric
 # What a perfect model would score with as many images: training images that are not in the
 # reference (0 in `paper`, whose reference has them all).
 REAL = "training images"
@@ -30,74 +30,80 @@ CURVES = ("DDPM (eps)", "Cas-DM", "Cas-DM + metric")  # scored with other number
 LENGTHS = (0.5, 1, 2, 4, 8)  # times the preset's iterations, at which Table 1's rows are scored
 FIXRES = "--model casdm --refiner fixres"
 ROWS = {
-    ("table 1", "DDPM (eps)"): Row("--model ddpm"),
-    ("table 1", "DDPM (x0)"): Row("--model ddpm --predict x0"),
-    ("table 1", "DDPM (x0) + metric"): Row("--model ddpm --predict x0 --metric METRIC=0.1"),
-    ("table 1", "Dual"): Row("--model dual"),
-    ("table 1", "Dual + metric"): Row("--model dual --metric METRIC=0.1"),
-    ("table 1", "Cas-DM"): Row("--model casdm"),
-    ("table 1", "Cas-DM + metric"): Row("--model casdm --metric METRIC=0.1"),
-    ("table 1", REAL): Row(),
-    ("size", "DDPM (eps), Cas-DM's size"): Row("--model ddpm MATCHED"),
-    ("size", "Dual, Cas-DM's size"): Row("--model dual MATCHED"),
-    ("choices", "L_mu / coef1^2, clamped"): Row("--model casdm", "mu-scaled"),
-    ("choices", "phi's input not clamped"): Row("--model casdm", "phi-unclamped"),
-    ("choices", "r_t without sigmoid"): Row("--model casdm", "r-free"),
-    ("choices", "r_t = 1 in sampling"): Row(variant="r-one", samples_of="Cas-DM"),
-    ("choices", "r_t = t / T in sampling"): Row(variant="r-linear", samples_of="Cas-DM"),
-    ("choices", "x0 clamped after mixing"): Row(variant="clamp-mixed", samples_of="Cas-DM"),
-    ("choices", "moving average without ramp"): Row("--model casdm", "no-ramp"),
-    ("lambda", "metric, lambda 0.01"): Row("--model casdm --metric METRIC=0.01"),
-    ("lambda", "metric, lambda 1"): Row("--model casdm --metric METRIC=1"),
-    ("other metrics", "SSIM"): Row("--model casdm --metric ssim=0.1"),
-    ("other metrics", "HaarPSI"): Row("--model casdm --metric haarpsi=0.1"),
-    ("other metrics", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
-    ("other metrics", "self-perceptual, eps^ derived"): Row(
-        "--model casdm --self-perceptual FROZEN=0.1", "noise-derived"
+    "DDPM (eps)": Row("table 1", "--model ddpm"),
+    "DDPM (x0)": Row("table 1", "--model ddpm --predict x0"),
+    "DDPM (x0) + metric": Row("table 1", "--model ddpm --predict x0 --metric METRIC=0.1"),
+    "Dual": Row("table 1", "--model dual"),
+    "Dual + metric": Row("table 1", "--model dual --metric METRIC=0.1"),
+    "Cas-DM": Row("table 1", "--model casdm"),
+    "Cas-DM + metric": Row("table 1", "--model casdm --metric METRIC=0.1"),
+    REAL: Row("table 1"),
+    "DDPM (eps), Cas-DM's size": Row("size", "--model ddpm MATCHED"),
+    "Dual, Cas-DM's size": Row("size", "--model dual MATCHED"),
+    "L_mu / coef1^2, clamped": Row("choices", "--model casdm", "mu-scaled"),
+    "phi's input not clamped": Row("choices", "--model casdm", "phi-unclamped"),
+    "r_t without sigmoid": Row("choices", "--model casdm", "r-free"),
+    "r_t = 1 in sampling": Row("choices", variant="r-one", samples_of="Cas-DM"),
+    "r_t = t / T in sampling": Row("choices", variant="r-linear", samples_of="Cas-DM"),
+    "x0 clamped after mixing": Row("choices", variant="clamp-mixed", samples_of="Cas-DM"),
+    "moving average without ramp": Row("choices", "--model casdm", "no-ramp"),
+    "metric, lambda 0.01": Row("lambda", "--model casdm --metric METRIC=0.01"),
+    "metric, lambda 1": Row("lambda", "--model casdm --metric METRIC=1"),
+    "SSIM": Row("other metrics", "--model casdm --metric ssim=0.1"),
+    "HaarPSI": Row("other metrics", "--model casdm --metric haarpsi=0.1"),
+    "self-perceptual": Row("other metrics", "--model casdm --self-perceptual FROZEN=0.1"),
+    "self-perceptual, eps^ derived": Row(
+        "other metrics", "--model casdm --self-perceptual FROZEN=0.1", "noise-derived"
     ),
-    ("table 4", "Fix-Res"): Row(FIXRES),
-    ("table 4", "Fix-Res + metric"): Row(f"{FIXRES} --metric METRIC=0.1"),
-    ("table 4", "Fix-Res, concat"): Row(f"{FIXRES} --refiner-input x0+eps"),
+    "Fix-Res": Row("table 4", FIXRES),
+    "Fix-Res + metric": Row("table 4", f"{FIXRES} --metric METRIC=0.1"),
+    "Fix-Res, concat": Row("table 4", f"{FIXRES} --refiner-input x0+eps"),
 }
-ROWS |= {
-    ("low noise", f"metric at t <= {share} T"): Row(
-        f"--model casdm --metric METRIC=0.1 --metric-until {share}"
-    )
-    for share in (0.25, 0.5, 0.75)
-}
-ROWS |= {
-    ("curves", f"{name}, other steps"): Row(samples_of=name, steps=(50, 20, 5)) for name in CURVES
-}
-TABLE1 = [row for group, row in ROWS if group == "table 1" and row != REAL]
+TABLE1 = [name for name, how in ROWS.items() if how.group == "table 1" and name != REAL]
 
 
 def at_lengths(name):
     """The names of a row's run at each of LENGTHS, the shortest first."""
-    longer = "{}, {} x the iterations"
-    return [name if length == 1 else longer.format(name, length) for length in LENGTHS]
+    named = "{}, {} x the iterations"
+    return [name if length == 1 else named.format(name, length) for length in LENGTHS]
+
+
+def with_other_steps(name):
+    """The name of a row that samples another row's run with other numbers of steps."""
+    return f"{name}, other steps"
+
+
+def runs_of(name):
+    """{row: length} of a row and of the same run at every other length and with other steps."""
+    return dict(zip(at_lengths(name), LENGTHS, strict=True)) | {with_other_steps(name): 1}
 
 
 def lengths(name):
-    """{(group, row): Row} of a row's run at every other length.
+    """{name: Row} of a row's run at every other length.
 
     Each of the longer ones goes on from the one before it.
     """
-    flags, found, before = ROWS["table 1", name].flags, {}, ""
+    found, before = {}, ""
     for row, length in zip(at_lengths(name), LENGTHS, strict=True):
         if length != 1:
-            found["lengths", row] = Row(flags, begins_with=before, length=length)
+            found[row] = Row("lengths", ROWS[name].flags, begins_with=before, length=length)
         if length >= 1:
             before = row
     return found
 
 
 def sampled_otherwise(name, way, **how):
-    """{(group, row): Row} of the longest run of a row, sampled in another way, with ten steps."""
-    longest = at_lengths(name)[-1]
-    row = Row(samples_of=longest, length=LENGTHS[-1], steps=(10,), **how)
-    return {("sampling", f"{longest}, {way}"): row}
+    """{name: Row} of the longest run of a row, sampled in another way, with ten steps."""
+    run = at_lengths(name)[-1]
+    row = Row("sampling", samples_of=run, length=LENGTHS[-1], steps=(10,), **how)
+    return {f"{run}, {way}": row}
 
 
+for share in (0.25, 0.5, 0.75):
+    flags = f"--model casdm --metric METRIC=0.1 --metric-until {share}"
+    ROWS[f"metric at t <= {share} T"] = Row("low noise", flags)
+for name in CURVES:
+    ROWS[with_other_steps(name)] = Row("curves", samples_of=name, steps=(50, 20, 5))
 for name in TABLE1:
     ROWS |= lengths(name)
 for name in TABLE1:
@@ -118,6 +124,13 @@ PAPER = {
     "Fix-Res + metric": (6.28, None),
     "Fix-Res, concat": (7.08, None),
 }
+
+
+def pairs(reference, *groups):
+    """[(row, reference)] of every row of some groups."""
+    return [(name, reference) for name, how in ROWS.items() if how.group in groups]
+
+
 # The differences that are printed.
 PAIRS = [
     ("DDPM (x0) + metric", "DDPM (x0)"),
@@ -129,6 +142,6 @@ PAIRS = [
     ("Cas-DM", "DDPM (eps)"),
     ("Cas-DM", "DDPM (eps), Cas-DM's size"),
     ("Cas-DM", "Dual, Cas-DM's size"),
-    *((name, "Cas-DM") for group, name in ROWS if group in ("choices", "other metrics")),
-    *((name, "Cas-DM + metric") for group, name in ROWS if group in ("lambda", "low noise")),
+    *pairs("Cas-DM", "choices", "other metrics"),
+    *pairs("Cas-DM + metric", "lambda", "low noise"),
 ]

@@ -3,7 +3,7 @@
 import statistics
 from typing import NamedTuple
 
-from experiments.rows import CURVES, LENGTHS, PAIRS, PAPER, ROWS, TABLE1
+from experiments.rows import CURVES, LENGTHS, PAIRS, PAPER, ROWS, TABLE1, runs_of
 
 
 class Score(NamedTuple):
@@ -135,7 +135,7 @@ def longest_tables(found, steps):
     A row that lacks one of the scores that others have is left out.
     """
     [title] = length_titles([LENGTHS[-1]])
-    names = [row for (_, row), how in ROWS.items() if how.length == LENGTHS[-1]]
+    names = [row for row, how in ROWS.items() if how.length == LENGTHS[-1]]
     longest = [line for name in names for line in found.get(name, {}).values()]
     tables = []
     for n in map(str, steps):
@@ -231,7 +231,7 @@ def means(found, columns, names):
 
 def own_rows():
     """The rows of the preset's own iterations that have no sampling steps of their own."""
-    return [row for (_, row), how in ROWS.items() if not how.steps and how.length == 1]
+    return [row for row, how in ROWS.items() if not how.steps and how.length == 1]
 
 
 def titles(columns):
@@ -263,19 +263,15 @@ def by_iterations(lines, row, score, n):
 def curve(lines, row, score):
     """{(length, sampling steps): {seed: score}} of a row.
 
-    Of the row's own runs, of those trained longer or shorter, and with other steps; never under a
-    variant.  A length is times the preset's iterations.
+    Of the row's own run, of that trained longer or shorter, and with other steps.  A length is
+    times the preset's iterations.
     """
-    flags = ROWS["table 1", row].flags
-    mine = {}
-    for (_, name), how in ROWS.items():
-        if not how.variant and (how.samples_of == row or how.flags == flags):
-            mine[name] = how
+    runs = runs_of(row)
     found = {}
     for line in lines:
-        if line["row"] not in mine:
+        if line["row"] not in runs:
             continue
-        length = mine[line["row"]].length
+        length = runs[line["row"]]
         for steps in filter(str.isdigit, line):
             if score in line[steps]:
                 of_point = found.setdefault((length, int(steps)), {})

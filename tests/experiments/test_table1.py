@@ -70,12 +70,12 @@ def few_rows(monkeypatch):
     """Rows of each kind: a frozen model, what it serves, sizes, a variant, images, a longer run."""
     steps = (10, 5)
     few = {
-        ("a", "DDPM (eps)"): Row("--model ddpm"),
-        ("b", "self-perceptual"): Row("--model casdm --self-perceptual FROZEN=0.1"),
-        ("b", "matched"): Row("--model ddpm MATCHED"),
-        ("b", "clamp"): Row(variant="clamp-mixed", samples_of="self-perceptual", steps=(20,)),
-        ("b", rows.REAL): Row(),
-        ("b", "long"): Row("--model ddpm", begins_with="DDPM (eps)", length=2, steps=(5,)),
+        "DDPM (eps)": Row("a", "--model ddpm"),
+        "self-perceptual": Row("b", "--model casdm --self-perceptual FROZEN=0.1"),
+        "matched": Row("b", "--model ddpm MATCHED"),
+        "clamp": Row("b", variant="clamp-mixed", samples_of="self-perceptual", steps=(20,)),
+        rows.REAL: Row("b"),
+        "long": Row("b", "--model ddpm", begins_with="DDPM (eps)", length=2, steps=(5,)),
     }
     monkeypatch.setattr(table1, "PRESETS", {"cpu": SMALL})
     for module in (table1, tables):
@@ -271,6 +271,21 @@ def test_low_noise_rows_limit_cas_dms_metric_as_their_names_say(share, tmp_path)
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_no_real_image_of_three_seeds_is_in_the_reference(preset, tmp_path, monkeypatch):
+    """Of CIFAR-10's 50,000 training images, whose order is drawn once."""
+    experiment, taken = table1.Experiment(preset, tmp_path, tmp_path / "lines.jsonl"), []
+    monkeypatch.setattr(
+        experiment, "save_real", lambda path, first, n: taken.extend(range(first, first + n))
+    )
+    monkeypatch.setattr(experiment, "score", lambda images: {})
+    experiment.reference()
+    for seed in range(3):
+        experiment.run(rows.REAL, seed)
+    assert len(taken) == experiment.preset.reference + 3 * experiment.preset.samples
+    assert len({number % 50_000 for number in taken}) == len(taken)
+
+
 def test_a_row_is_sampled_by_its_own_flags_and_under_its_variant(tmp_path, monkeypatch):
     experiment, calls = table1.Experiment("cpu", tmp_path), []
 
@@ -278,7 +293,7 @@ def test_a_row_is_sampled_by_its_own_flags_and_under_its_variant(tmp_path, monke
         calls.append((" ".join(map(str, words)), variant))
 
     monkeypatch.setattr(experiment.programs, "call", call)
-    for how in (Row(sampling="--sampler dpm++"), Row(variant="r-linear")):
+    for how in (Row("a", sampling="--sampler dpm++"), Row("a", variant="r-linear")):
         experiment.sample(tmp_path / "checkpoint.pt", 10, 0, tmp_path / "10.npz", how)
     (solver, none), (ddim, variant) = calls
     assert solver.endswith(" --sampler dpm++")
@@ -295,7 +310,7 @@ def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch)
     frozen = tmp_path / "checkpoint.pt"
     monkeypatch.setattr(experiment, "train", lambda row, seed: frozen)
     size = experiment.preset.image_size
-    for row, how in experiment.rows.items():
+    for row, how in rows.ROWS.items():
         assert how.variant in ("", *variants.VARIANTS)
         if not how.flags:
             continue
@@ -305,8 +320,8 @@ def test_every_rows_flags_mean_something_to_train(preset, tmp_path, monkeypatch)
         assert settings["iterations"] == experiment.preset.iterations * how.length
         assert set(settings["metric"]) <= {"squeezenet", "lpips", "ssim", "haarpsi"}
         if how.begins_with:  # to go on with another run's checkpoint is that run, longer
-            assert how.flags == experiment.rows[how.begins_with].flags
-            assert how.length > experiment.rows[how.begins_with].length
+            assert how.flags == rows.ROWS[how.begins_with].flags
+            assert how.length > rows.ROWS[how.begins_with].length
 
 
 @pytest.mark.slow
