@@ -7,10 +7,10 @@
     python -m experiments.table1 --preset cpu --steps 10              sampled with ten steps alone
 
 A run is trained by train.py, sampled from its moving average by sample.py with 100 and 10 steps,
-and scored by fid.py: FID (`paper`) or FID-768, sFID and KID by Inception, and the distance and KID
-of two judges of the same images (judge.py), which are trained first.  FID-768 uses an earlier
-layer: do not compare it with published FIDs.  For it, --weights may hold the layers up to that one
-alone.
+and scored by fid.py: FID (`paper`) or FID-768, sFID, KID, precision and recall by Inception, and
+the Frechet distance and KID by two judges (judge.py): those in assets, or others that are trained
+first.  FID-768 uses an earlier layer: do not compare it with published FIDs.  For it, --weights may
+hold the layers up to that one alone.
 
 A finished run is a line of experiments/table1_PRESET.jsonl: its flags, its commit, its scores and
 the seconds of its last attempt.  A run that has its scores for every number of --steps is skipped;
@@ -61,6 +61,7 @@ from support.files import atomic, existing, save_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 FID = ROOT / "fid.py"
+ASSETS = ROOT / "assets"
 JUDGES = ("classes", "rotations")  # tasks of judge.py
 
 
@@ -228,11 +229,14 @@ class Experiment:
         return ["--dims", self.preset.dims, *weights]
 
     def judge(self, name):
-        """The judge's file; it is trained once."""
+        """The judge's file: the one in assets, or else one that is trained once."""
+        size = self.preset.image_size
+        kept = ASSETS / f"{name}-{size}.pt"
+        if kept.exists():
+            return kept
         path = self.folder / f"{name}.pt"
         with self.locks[path]:
             if not path.exists():
-                size = self.preset.image_size
                 task = name.removeprefix("judge-")
                 arguments = ["--data", self.source, "--image-size", size, "--task", task]
                 self.programs.call("experiments.judge", *arguments, "--out", path)

@@ -89,10 +89,13 @@ def test_every_picture_is_shown():
     assert shown == {path.name for path in (ROOT / "assets").glob("*.png")}
 
 
-def test_every_file_of_weights_is_sampled():
-    """README's first screen names each file of the repository that is not a picture."""
-    for path in (ROOT / "assets").iterdir():
-        assert path.suffix == ".png" or f"python sample.py assets/{path.name}" in README
+def test_every_file_of_weights_has_its_command():
+    """README samples each model, and SCORES.md scores by each judge."""
+    for path in (ROOT / "assets").glob("*.pt"):
+        if path.name.startswith("judge"):
+            assert f"--judge assets/{path.name}" in PAGES["docs/SCORES.md"]
+        else:
+            assert f"python sample.py assets/{path.name}" in README
 
 
 def test_every_page_is_linked_from_readme():

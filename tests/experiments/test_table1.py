@@ -16,6 +16,7 @@ import fid
 from data import Images
 from experiments import judge, rows, table1, tables, variants
 from experiments.rows import Row
+from neighbours.judge import load_judge
 from refiner import build_model
 from runs import ROOT, exit_code, settings_of
 from support.checkpoint import read_checkpoint
@@ -203,6 +204,7 @@ def test_weights_that_are_not_there_are_one_line(work, capsys):
 
 def test_every_sample_is_scored_by_inception_and_two_judges(tmp_path, monkeypatch):
     """Statistics and judges are made once; every call means to fid.py what table1.py means."""
+    monkeypatch.setattr(table1, "ASSETS", tmp_path / "none")
     weights = tmp_path / "w.pth"
     experiment, calls, judges = table1.Experiment("cpu", tmp_path, weights=weights), [], []
     experiment.training = Images(np.zeros((2, 16, 16, 3), np.uint8), np.arange(2), "two", "0")
@@ -241,6 +243,15 @@ def test_every_sample_is_scored_by_inception_and_two_judges(tmp_path, monkeypatc
     assert [args.B for args in scored] == 2 * [
         str(experiment.statistics(n)) for n in experiment.networks()
     ]
+
+
+def test_the_judges_in_assets_are_those_of_the_longer_runs():
+    """By the names that fid.py wrote into the lines; another machine's lines compare with these."""
+    experiment = table1.Experiment("cpu", results=ROOT / "experiments/table1_cpu_long.jsonl")
+    names = [load_judge(experiment.judge(f"judge-{task}")).name for task in table1.JUDGES]
+    for line in experiment.lines():
+        for steps in filter(str.isdigit, line):
+            assert line[steps]["weights"][1:] == names
 
 
 def test_the_papers_scale_is_scored_by_fid_itself(tmp_path):
