@@ -47,8 +47,12 @@ def look(images):
 
 def colour_distance(a, b):
     """1000 times the Frechet distance of two Looks' colours."""
-    a, b = ((side.colours.mean(0), np.cov(side.colours.T)) for side in (a, b))
-    return 1000 * frechet_distance(*a, *b)
+    return 1000 * frechet_distance(*moments(a), *moments(b))
+
+
+def moments(side):
+    """Mean [3] and covariance [3, 3] of a Look's colours."""
+    return side.colours.mean(0), np.cov(side.colours.T)
 
 
 def main(argv=None):
@@ -67,7 +71,7 @@ def parse_args(argv):
     """The arguments; SystemExit 2, one line, for whatever they alone show to be wrong."""
     parser = cli.Parser(__doc__)
     parser.add_argument("images", nargs="+", help="folders, .npz files or names of data sets")
-    parser.add_argument("--reference", required=True, help="another such")
+    parser.add_argument("--reference", required=True, help="what they are compared with")
     parser.add_argument("--data-dir", type=Path, help="where a named data set lies")
     return parser.parse_args(argv)
 

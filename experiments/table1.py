@@ -187,7 +187,10 @@ class Experiment:
         return round(self.preset.iterations * ROWS[row].length)
 
     def flags(self, row, seed):
-        """The words of the row's command line that make its run what it is."""
+        """The words of the row's command line that make its run what it is.
+
+        A frozen model that they name is trained first.
+        """
         own = ROWS[row].flags.replace("MATCHED", self.preset.matched)
         flags = f"{self.preset.flags} --iterations {self.iterations(row)} {own} --seed {seed}"
         if "METRIC" in flags:

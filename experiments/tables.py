@@ -36,21 +36,21 @@ def table(lines, steps):
     A column is one score with one of these numbers of sampling steps.  Every table but the curves
     (over steps, over iterations) leaves out a line that lacks one of its columns, and a table
     without a row is not printed.
-    ValueError where no table has any.
+    ValueError where no table has a row.
     """
-    found = {}  # {row: {seed: line}}
+    by_row = {}  # {row: {seed: line}}
     for line in lines:
-        found.setdefault(line["row"], {})[line["seed"]] = line
+        by_row.setdefault(line["row"], {})[line["seed"]] = line
     columns = [(str(n), score) for n in steps for score in scores_of(lines)]
     others = [(str(n), score) for n in steps for score in PRINTED if score not in MAIN]
     tables = [
-        rows_table(found, columns),
-        differences_table(found, columns),
+        rows_table(by_row, columns),
+        differences_table(by_row, columns),
         steps_table(lines),
         *lengths_tables(lines, steps),
-        *longest_tables(found, steps),
+        *longest_tables(by_row, steps),
         *gains_tables(lines, steps),
-        others_table(found, others),
+        others_table(by_row, others),
     ]
     if not any(rows for _, rows in tables):
         has = sorted({int(key) for line in lines for key in line if key.isdigit()}, reverse=True)
@@ -76,20 +76,20 @@ def all_of(lines, key):
 # A table is (header, rows), each a list of cells.
 
 
-def rows_table(found, columns):
+def rows_table(by_row, columns):
     """The means of each row, beside the paper's numbers."""
     rows = []
-    for row, *cells in means(found, columns, own_rows()):
+    for row, *cells in means(by_row, columns, own_rows()):
         paper = [f"{value:.2f}" for value in PAPER.get(row, ()) if value]
         rows.append([row, *cells, ", ".join(paper)])
     return ["row", "seeds", *titles(columns), "paper's FID, sFID, 100 steps"], rows
 
 
-def differences_table(found, columns):
+def differences_table(by_row, columns):
     """The differences of PAIRS, of the seeds that both have, beside the paper's."""
     rows = []
     for a, b in PAIRS:
-        lines, others = with_all(found, a, columns), with_all(found, b, columns)
+        lines, others = with_all(by_row, a, columns), with_all(by_row, b, columns)
         seeds = sorted(lines.keys() & others.keys())
         if not seeds:
             continue
@@ -129,21 +129,21 @@ def lengths_tables(lines, steps):
     return tables
 
 
-def longest_tables(found, steps):
+def longest_tables(by_row, steps):
     """Every score of Table 1's rows after the most iterations, and sampled in other ways.
 
     A row that lacks one of the scores that others have is left out.
     """
     [title] = length_titles([LENGTHS[-1]])
     names = [row for row, how in ROWS.items() if how.length == LENGTHS[-1]]
-    longest = [line for name in names for line in found.get(name, {}).values()]
+    longest = [line for name in names for line in by_row.get(name, {}).values()]
     tables = []
     for n in map(str, steps):
         taken = {score for line in longest for score in line.get(n, {})}
         columns = [(n, score) for score in PRINTED if score in taken]
         rows = []
         if columns:
-            for name, *cells in means(found, columns, names):
+            for name, *cells in means(by_row, columns, names):
                 rows.append([name.replace(f", {title}", ""), *cells])
         scores = [PRINTED[score].name for _, score in columns]
         tables.append(([f"{title}, {n} steps", "seeds", *scores], rows))
@@ -212,16 +212,16 @@ def curve_rows(curves, points, score):
     return rows
 
 
-def others_table(found, columns):
+def others_table(by_row, columns):
     """The means of the scores beside FID and sFID, of the lines that have them."""
-    return ["row", "seeds", *titles(columns)], means(found, columns, own_rows())
+    return ["row", "seeds", *titles(columns)], means(by_row, columns, own_rows())
 
 
-def means(found, columns, names):
+def means(by_row, columns, names):
     """[row, number of seeds, mean of each column] of each named row whose lines have all."""
     rows = []
     for row in names:
-        lines = with_all(found, row, columns).values()
+        lines = with_all(by_row, row, columns).values()
         if lines:
             values = [[line[steps][score] for line in lines] for steps, score in columns]
             cells = [spread(v, score) for v, (_, score) in zip(values, columns, strict=True)]
@@ -239,11 +239,11 @@ def titles(columns):
     return [f"{PRINTED[score].name}, {steps} steps" for steps, score in columns]
 
 
-def with_all(found, row, columns):
+def with_all(by_row, row, columns):
     """{seed: line} of the row's lines that have every column."""
     return {
         seed: line
-        for seed, line in found.get(row, {}).items()
+        for seed, line in by_row.get(row, {}).items()
         if all(score in line.get(steps, {}) for steps, score in columns)
     }
 

@@ -1,7 +1,8 @@
-"""Our choices where the paper is silent, each turned round, so that table1.py can measure it.
+"""Changes to the method that the experiments measure, most of them a choice of ours turned round.
 
     python -m experiments.variants NAME train.py --model casdm ...
     python -m experiments.variants NAME sample.py CHECKPOINT ...
+    python -m experiments.variants NAME steps.py CHECKPOINT --data shapes --results NAME.jsonl
 
 A variant puts something else in a place of the project while the script runs.  None of them is an
 option of the project, because none is meant to stay.
@@ -25,6 +26,7 @@ from diffusion import (
     mix,
     x0_from_eps,
 )
+from experiments import steps
 from losses import squared_norm
 from neighbours import perceptual
 from refiner import CasDM
@@ -34,8 +36,8 @@ from support.run import Run
 # ---- figure 1 ----
 
 
-class Cascade(CasDM):
-    """CasDM with phi's view of x0* and the range of r_t as methods."""
+class CasDMInParts(CasDM):
+    """CasDM with phi's view of x0*, which is all that phi sees, and the range of r_t as methods."""
 
     def forward(self, x_t, t, y=None):
         time = self.time(t, x_t)
@@ -51,25 +53,26 @@ class Cascade(CasDM):
         return logit.sigmoid()
 
 
-class PhiUnclamped(Cascade):
+class PhiUnclamped(CasDMInParts):
     """phi sees x0* as it is."""
 
     def see(self, x0_star):
         return x0_star
 
 
-class FreeGate(Cascade):
+class FreeGate(CasDMInParts):
     """r_t is any number."""
 
     def gate(self, logit):
         return logit
 
 
-class GateOfOne(Cascade):
+class GateOfOne(CasDM):
     """r_t = 1: x0' alone."""
 
-    def gate(self, logit):
-        return torch.ones_like(logit)
+    def forward(self, x_t, t, y=None):
+        pred = super().forward(x_t, t, y)
+        return pred._replace(r_t=torch.ones_like(pred.r_t))
 
 
 class LinearGate(CasDM):
@@ -93,7 +96,7 @@ def unclamped(x_t, t, pred, schedule):
 def clamp_mixed(self, x_t, t, estimates, chain):
     """`Ddim`, eta = 0, from the mixed clean image, clamped once.
 
-    Means are affine in x0, so that it is the mix of both means but for the clamp.
+    Means are affine in x0: without the clamp this is the mix of both means.
     """
     mixed = mix(estimates.x0_hat, estimates.x0_star, estimates.r_t)
     return ddim_mu_from_x0(x_t, t, mixed.clamp(-1, 1), chain)
@@ -147,6 +150,7 @@ VARIANTS = {
     "r-free": [(refiner, "MODELS", models(FreeGate))],
     "r-one": [(refiner, "MODELS", models(GateOfOne))],
     "r-linear": [(refiner, "MODELS", models(LinearGate))],
+    "unclamped": [(sample, "clean_estimates", unclamped)],
     "clamp-mixed": [
         (sample, "clean_estimates", unclamped),
         (sample.Ddim, "__call__", clamp_mixed),
@@ -155,7 +159,7 @@ VARIANTS = {
     "mu-scaled": [(refiner, "mu_loss", scaled_mu_loss)],
     "noise-derived": [(perceptual, "SelfPerceptual", DerivedNoise)],
 }
-SCRIPTS = {"train.py": train, "sample.py": sample}
+SCRIPTS = {"train.py": train, "sample.py": sample, "steps.py": steps}
 
 
 def main(argv=None):

@@ -136,6 +136,7 @@ COMMANDS = sorted({command for page in PAGES.values() for command in commands(pa
 PARSERS = {
     "train.py": lambda argv: train.parse_args(train.__doc__, argv),
     "sample.py": sample.parse_args,
+    "steps.py": steps.parse_args,
     "fid.py": fid.parse_args,
     "experiments.table1": table1.parse_args,
     "experiments.colours": colours.parse_args,

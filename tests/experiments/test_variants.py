@@ -60,8 +60,8 @@ def batch_of(n, t):
 # ---- figure 1 ----
 
 
-def test_the_cascade_as_it_stands_is_casdms_own():
-    ours, theirs = says(CasDM), says(variants.Cascade)
+def test_casdm_in_parts_as_it_stands_is_casdms_own():
+    ours, theirs = says(CasDM), says(variants.CasDMInParts)
     assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
 
 
