@@ -310,13 +310,14 @@ def main(argv=None):
     if args.save_stats:
         check_writable(args.save_stats)  # before hours of sampling
     device = parallel.begin(cli.open_device(args.device))
-    sides = [open_side(source, args, device) for source in (args.A, args.B) if source is not None]
+    sources = [source for source in (args.A, args.B) if source is not None]
+    sides = parallel.first(lambda: [open_side(source, args, device) for source in sources])
     if args.precision_recall and not all(map(gives_rows, sides)):
         raise ValueError(
             "--precision-recall, and A or B holds statistics alone; "
             "expected images, or statistics with rows, on both sides; leave it out"
         )
-    network = open_network(args, sides, device)
+    network = parallel.first(lambda: open_network(args, sides, device))
     by_rows = takes_rows(args, sides, network)
     save_rows = False
     if args.save_stats and args.weights != "random":

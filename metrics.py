@@ -45,6 +45,8 @@ class FeatureDistance(nn.Module):
     (Cas-DM Table 3).  Frozen, in float32, and never part of a model, optimiser or checkpoint.
     """
 
+    smallest = 32  # the least side that the network can take
+
     def __init__(self, extractor, size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
         super().__init__()
         self.extractor, self.size = extractor, size
@@ -131,7 +133,9 @@ def inception():
     stages = ["maxpool2", "Mixed_5d", "Mixed_6e", "Mixed_7c"]
     weights = tv.Inception_V3_Weights.IMAGENET1K_V1
     extractor = _pretrained(net, stages, weights, "--metric inception")
-    return FeatureDistance(extractor, size=299, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    found = FeatureDistance(extractor, size=299, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    found.smallest = 75
+    return found
 
 
 def swin():

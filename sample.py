@@ -292,10 +292,8 @@ def parse_args(argv):
     for neighbour in neighbours():
         neighbour.sample_flags(parser)
     args = parser.parse_args(argv)
-    if args.out and args.trace:
-        parser.error(
-            f"--out {args.out} is for samples, and --trace draws none; leave one of them out"
-        )
+    if args.trace:
+        check_trace(parser, args)
     for neighbour in neighbours():
         neighbour.check_sample(parser, args)
     if args.save_weights:
@@ -305,10 +303,18 @@ def parse_args(argv):
         parser.error(
             f"--out {args.out}: expected FILE.png, FILE.npz or a folder's name without a dot"
         )
-    if args.trace and args.trace.suffix != ".png":
-        parser.error(f"--trace {args.trace}: expected FILE.png")
     check_sampler(parser, args)
     return args
+
+
+def check_trace(parser, args):
+    """parser.error, one line, where --trace names no .png, or a flag means nothing to it."""
+    if args.trace.suffix != ".png":
+        parser.error(f"--trace {args.trace}: expected FILE.png")
+    for key in ("out", "n", "batch_size"):
+        if getattr(args, key) != parser.get_default(key):
+            flag = cli.flag_of(key)
+            parser.error(f"{flag} means nothing to --trace, which draws one image; leave it out")
 
 
 def check_save(parser, args):

@@ -364,7 +364,8 @@ class Variance(Neighbour):
 def print_bits(args, model, settings):
     """The bound of --n images of --data, a row a term, and their sum with its standard error."""
     kind = variance_of(args, settings)
-    images = load_images(args.data, settings["image_size"], args.data_dir)
+    which = args.data, settings["image_size"], args.data_dir
+    images = parallel.first(lambda: load_images(*which))
     labels = images.labels if model.num_classes else None
     if model.num_classes and (labels is None or labels.max() >= model.num_classes):
         raise ValueError(
@@ -384,7 +385,7 @@ def print_bits(args, model, settings):
             done = count * parallel.size()
             watch = functools.partial(bar.update, done)
             bits = bits_per_dim(model, x0, n_steps, kind, noise, y, watch)
-            found.append(parallel.concat(bits).double().cpu())
+            found.append(parallel.concat(bits).cpu().double())
     found = torch.cat(found)
     steps = respace(model.schedule, n_steps).step.tolist()[1:]
     for name, term in zip([*steps, "prior"], found.mean(0).tolist(), strict=True):

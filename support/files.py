@@ -57,6 +57,8 @@ def atomic(path):
 
 def check_writable(path):
     """Before the work: the place for the result exists, and nothing stands in its way."""
+    if not path.name:
+        raise ValueError(f"{path} has no name of its own; expected a new folder or file; name one")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(
             f"{path.absolute().parent} does not exist; "

@@ -64,7 +64,7 @@ class Guard:
             raise SystemExit(1)  # rank 0 says it
         raise ArithmeticError(
             f"step {self.begun + int(self.applied) + 1}: {', '.join(names)} is not finite; "
-            "expected numbers; the step was not applied, the last checkpoint is from before it; "
+            "expected numbers; the step was not applied, and no checkpoint holds it; "
             "try a smaller --lr or --precision fp32"
         )
 

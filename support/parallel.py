@@ -6,12 +6,13 @@ r"""Many processes that do what one does: torchrun's ranks share each batch by i
 
 `--` keeps torchrun from taking our --n for one of its own flags.  Every random draw belongs to the
 global batch or to one image, never to a rank (but dropout's), so one process and N give the same
-result to rounding.  Rank 0 alone writes and prints.  Without torchrun no function here does
+result to rounding.  Rank 0 alone writes, prints and warns.  Without torchrun no function here does
 anything special.
 """
 
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
@@ -34,19 +35,35 @@ def processes():
 def begin(device):
     """Joins the group, if torchrun started this process; returns this rank's own device.
 
-    From here on the first rank alone prints.
+    From here on the first rank alone prints and warns.
     """
     global _patient
     if processes() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = own_gpu(device)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        warnings.simplefilter("ignore")
     return device
+
+
+def own_gpu(device):
+    """The GPU of this process; ValueError where one was named for all, or there are too few."""
+    if device.index is not None:
+        raise ValueError(
+            f"--device {device} for {processes()} processes; expected a GPU for each; leave it out"
+        )
+    here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if here >= gpus:
+        raise ValueError(
+            f"process {here + 1} on a machine of {gpus} GPUs; expected at most one each; "
+            f"use --nproc_per_node={gpus}"
+        )
+    return torch.device("cuda", here)
 
 
 def rank():

@@ -305,9 +305,25 @@ def reopen(folder, typed):
                 f"{cli.flag_of(key)} {value}: the run in {folder} has {kept[key]}; "
                 "expected the same; leave it out, or start another run"
             )
+    check_passed(state["step"], kept, typed)
     state["settings"] = kept | typed
     check(state["settings"], typed)
     return state
+
+
+def check_passed(step, kept, typed):
+    """ValueError for what a resumed run is to do at steps that it has passed."""
+    if typed.get("iterations", step) < step:
+        raise ValueError(
+            f"--iterations {typed['iterations']}: the run has done {step} steps; "
+            "expected at least as many; leave it out"
+        )
+    for asked in typed.get("eval_at", []):
+        if asked < step and asked not in kept["eval_at"]:
+            raise ValueError(
+                f"--eval-at {asked}: the run has done {step} steps; "
+                "expected a step to come; leave it out"
+            )
 
 
 def moved(key, old, new):
@@ -338,11 +354,17 @@ def check_data(state, settings, images):
 
 def refuse_taken(folder):
     """Before any work: an earlier run is never written over, and the folder can be written."""
-    if any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl")):
+    if (folder / "checkpoint.pt").exists():
         raise ValueError(
             f"{folder} holds a run; expected a new folder; "
             "use --resume to go on with it, or --out for another"
         )
+    for name in ("log.jsonl", "best.pt", "samples_*.png"):
+        for path in folder.glob(name):
+            raise ValueError(
+                f"{path} is of a run that has no checkpoint.pt; expected a new folder; "
+                "remove it, or choose another --out"
+            )
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PermissionError(
@@ -405,6 +427,11 @@ def set_size(metrics, size):
         raise ValueError(
             f"--metric-size {size}: no metric enlarges images; expected one that is a network; "
             "give --lpips or --metric, or leave it out"
+        )
+    least = max(metric.smallest for metric in sized)
+    if size < least:
+        raise ValueError(
+            f"--metric-size {size}: a metric's network needs at least {least}; choose a larger one"
         )
     for metric in sized:
         metric.size = size

@@ -344,6 +344,8 @@ def test_table3_metric_is_the_mean_squared_difference_of_four_stages(name, tmp_p
     metric(x0_hat, x0).sum().backward()
     assert x0_hat.grad.isfinite().all() and x0_hat.grad.any()
     assert not any(p.requires_grad for p in metric.parameters())
+    metric.size = metric.smallest
+    assert metric(x0_hat.detach(), x0).isfinite().all()
 
 
 NOT_HERE = "../shared/data/torch_home, with SqueezeNet's weights, is not here"

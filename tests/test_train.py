@@ -206,6 +206,18 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(begun_run, capsys)
     assert left() == before
 
 
+@pytest.mark.parametrize("left", ["log.jsonl", "best.pt", "samples_000600.png"])
+def test_what_a_run_without_a_checkpoint_left_is_not_taken_for_the_next_ones(
+    left, tmp_path, capsys
+):
+    (tmp_path / left).touch()
+    assert run(*SMALL, "--iterations", 1, "--out", tmp_path) == 1
+    error = error_of(capsys)
+    assert f"{left} is of a run that has no checkpoint.pt" in error
+    assert "remove it" in error
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
 def test_another_run_is_never_written_over(begun_run, capsys):
     before = (begun_run / "checkpoint.pt").read_bytes()
     assert run(*SMALL, "--iterations", 1, "--out", begun_run) == 1

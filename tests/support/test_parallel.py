@@ -105,6 +105,17 @@ def test_a_part_of_torchruns_environment_is_a_single_process(name, monkeypatch):
     settings_of(*SMALL, "--batch-size", 4)
 
 
+@pytest.mark.parametrize(
+    "device, says",
+    [("cuda:1", "--device cuda:1 for 3 processes"), ("cuda", "process 3 on a machine of 2 GPUs")],
+)
+def test_a_gpu_that_a_process_cannot_have_is_one_line(device, says, torchrun_of_three, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=says):
+        parallel.begin(torch.device(device))
+
+
 # ---- two processes ----
 
 PATIENCE = """

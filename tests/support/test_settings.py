@@ -23,7 +23,7 @@ from runs import (
     usage_error,
 )
 from support.models import class_of
-from support.settings import classes, reopen
+from support.settings import classes, reopen, set_size
 from unet import UNet
 
 # ---- what flags make ----
@@ -256,6 +256,15 @@ def test_metric_size_without_a_network_is_one_line(metric, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_metric_size_that_a_network_cannot_take_is_one_line():
+    networks = [FeatureDistance(torch.nn.Identity()) for _ in range(2)]
+    networks[1].smallest = 75
+    with pytest.raises(ValueError, match="--metric-size 74: a metric's network needs at least 75"):
+        set_size(networks, 74)
+    set_size(networks, 75)
+    assert [network.size for network in networks] == [75, 75]
+
+
 def test_the_place_of_cifar10_is_kept_where_the_run_found_it(tmp_path, monkeypatch):
     """Without --data-dir it is ./data: of the folder in which the run began, not of any later."""
     monkeypatch.chdir(tmp_path)
@@ -295,11 +304,13 @@ def test_resume_refuses_a_changed_setting_and_names_it(flags, names, begun_run, 
         ("--model classifier", "--eval-at 5", "makes no images"),
         ("", "--eval-at 1,3", "--eval-at 3; expected at most the 2 of --iterations"),
         ("--T 150", "--sample-steps 151", "at most the 150 steps of --T"),
+        ("--iterations 2", "--iterations 1", "--iterations 1: the run has done 2 steps"),
+        ("--iterations 2", "--eval-at 1", "--eval-at 1: the run has done 2 steps"),
     ],
 )
 def test_a_resume_is_checked_on_the_settings_it_comes_to(begun, changed, says, tmp_path, capsys):
     """Before anything is done: one line, exit 1, since it depends on the checkpoint."""
-    flags = [*SMALL, "--model", "ddpm", *begun.split(), "--iterations", 1]
+    flags = [*SMALL, "--model", "ddpm", "--iterations", 1, *begun.split()]
     assert run(*flags, "--out", tmp_path / "run") == 0
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
     capsys.readouterr()
