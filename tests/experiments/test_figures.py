@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion import SCHEDULES, Prediction, q_sample
 from experiments import figures, table1
-from experiments.rows import STEPS, at_lengths
+from experiments.rows import ROWS, STEPS, at_lengths
 from losses import Batch, mu_loss
 from made import random_pixels
 from runs import error_of, exit_code, run
@@ -152,7 +152,7 @@ def test_runs_belong_to_what_to_expect_alone(argv, capsys):
 def tiny_run(experiment, row):
     """What table1.py leaves of a row: a checkpoint and its samples."""
     tiny = "--channels 32 --res-blocks 1 --T 100 --iterations 1 --batch-size 2 --sample-every 0"
-    model = experiment.rows[row].flags.split(" --metric")[0]
+    model = ROWS[row].flags.split(" --metric")[0]
     argv = ["--data", experiment.folder / "images.npz", *tiny.split(), *model.split()]
     place = experiment.place(row, 0)
     assert run(*argv, "--out", place) == 0
