@@ -88,7 +88,7 @@ def test_the_curves_are_means_over_seeds_against_steps_and_iterations(tmp_path, 
     experiment = table1.Experiment("cpu", tmp_path, tmp_path / "lines.jsonl")
     with open(tmp_path / "lines.jsonl", "w") as f:
         for seed in (0, 1):
-            for row, how in experiment.rows.items():
+            for row, how in ROWS.items():
                 steps = how.steps or experiment.steps
                 scores = {str(n): {"fid_768": 1 + seed + 10 / n} for n in steps}
                 f.write(json.dumps({"row": row, "seed": seed} | scores) + "\n")
