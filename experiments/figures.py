@@ -227,7 +227,7 @@ def draw_lengths(experiment, path):
     figure, axes = pyplot().subplots(1, len(scores), squeeze=False, figsize=size)
     for axis, score in zip(axes[0], scores, strict=True):
         draw_lengths_of(axis, lines, TABLE1, score, unit)
-    axes[0][-1].legend()
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     save(figure, path)
 
