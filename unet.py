@@ -73,6 +73,7 @@ class UNet(nn.Module):
         self.label_embed = nn.Embedding(num_classes, emb_channels) if num_classes else None
 
         def block(c_in, c_out, size):
+            """The layers of one block of a level whose images are size x size."""
             layers = [ResBlock(c_in, c_out, emb_channels, dropout)]
             attends = size in ATTENTION_SIZES and size < image_size
             if attends and not fixed_resolution:

@@ -86,7 +86,10 @@ def parse_args(doc, argv):
     every = defaults()
 
     def adder(group):
+        """The function that adds flags to a group of --help."""
+
         def flag(name, text, **how):
+            """Adds a flag, its default said in its help."""
             key = name.replace("-", "_")
             default = every.get(key)
             if not cli.is_unset(default):
@@ -359,12 +362,13 @@ def refuse_taken(folder):
             f"{folder} holds a run; expected a new folder; "
             "use --resume to go on with it, or --out for another"
         )
-    for name in ("log.jsonl", "best.pt", "samples_*.png"):
-        for path in folder.glob(name):
-            raise ValueError(
-                f"{path} is of a run that has no checkpoint.pt; expected a new folder; "
-                "remove it, or choose another --out"
-            )
+    patterns = ("log.jsonl", "best.pt", "samples_*.png")
+    left = [path for pattern in patterns for path in folder.glob(pattern)]
+    if left:
+        raise ValueError(
+            f"{left[0]} is of a run that has no checkpoint.pt; expected a new folder; "
+            "remove it, or choose another --out"
+        )
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PermissionError(
