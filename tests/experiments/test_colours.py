@@ -32,6 +32,14 @@ def test_the_distance_of_shifted_colours_is_the_square_of_the_shift():
     assert colour_distance(a, b) == pytest.approx(1000 * 3 * 0.2**2)
 
 
+def test_the_distance_of_doubled_colours_is_their_mean_squared_and_their_variance():
+    """The covariance is four times as large: tr(C + 4 C - 2 sqrt(4 C^2)) = tr(C)."""
+    colours = np.random.default_rng(0).integers(0, 100, (50, 3))
+    a, b = look(flat(*colours)), look(flat(*(2 * colours)))
+    mean, variance = colours.mean(0) / 255, colours.var(0, ddof=1) / 255**2
+    assert colour_distance(a, b) == pytest.approx(1000 * (mean @ mean + variance.sum()))
+
+
 def test_the_table_has_a_line_for_each_and_the_reference_last(tmp_path, capsys):
     colours = np.random.default_rng(0).integers(0, 256, (9, 3))
     np.savez(tmp_path / "a.npz", arr_0=flat(*colours))
